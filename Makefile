@@ -1,0 +1,44 @@
+# Everything runs inside .venv, made from requirements.lock (exact versions, checked by hash).
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+
+.DEFAULT_GOAL := help
+.PHONY: help setup run test check bench lock clean
+
+help: ## show this list
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+
+setup: $(VENV)/ready ## make .venv from the hash-locked requirements
+
+$(VENV)/ready: requirements.lock pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements.lock
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	touch $@
+
+run: setup ## the main job on the embedded digits: train, judge, promote, predict a folder
+	$(BIN)/nightly retrain --predict data/prepared/examples
+
+test: setup ## lint, import contracts and every test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+	$(BIN)/pytest
+
+check: setup ## the fast part of `make test`, for while you type
+	$(BIN)/ruff check .
+	$(BIN)/lint-imports
+	$(BIN)/pytest -m "not slow"
+
+bench: setup ## the benchmarks behind the README's table
+	for script in benchmarks/*.py; do $(BIN)/python $$script || exit 1; done
+
+lock: ## resolve pyproject.toml anew into requirements.lock (needs uv)
+	uv pip compile pyproject.toml --extra dev --universal --python-version 3.11 --generate-hashes \
+		--no-emit-index-url --no-emit-find-links --custom-compile-command "make lock" \
+		--output-file requirements.lock
+
+clean: ## remove the virtual environment and caches; data and models stay
+	rm -rf $(VENV) .pytest_cache .ruff_cache *.egg-info

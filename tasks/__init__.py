@@ -1,0 +1,1 @@
+"""The work itself, as plain functions of paths and typed parameters: no Prefect, no DVC."""

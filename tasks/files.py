@@ -1,0 +1,85 @@
+"""Files that are either complete or absent: everything is written aside and renamed into place."""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+
+def partial_path(destination: Path) -> Path:
+    """Return the name under which ``destination`` is written before it is complete."""
+    return destination.with_name(f".{destination.name}.partial-{os.getpid()}")
+
+
+@contextmanager
+def publish_file(destination: Path) -> Iterator[Path]:
+    """Yield a path to write to; rename it to ``destination`` if the block ends well, else remove it."""
+    destination.parent.mkdir(parents=True, exist_ok=True)
+    partial = partial_path(destination)
+    try:
+        yield partial
+        _sync(partial)
+        partial.replace(destination)
+        _sync(destination.parent)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def publish_directory(destination: Path) -> Iterator[Path]:
+    """Yield an empty directory to fill; it becomes ``destination`` if the block ends well.
+
+    An older ``destination`` stays readable until the new one is complete.
+    """
+    destination.parent.mkdir(parents=True, exist_ok=True)
+    partial = partial_path(destination)
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    try:
+        yield partial
+        for file in partial.rglob("*"):
+            if file.is_file():
+                _sync(file)
+        old = destination.with_name(f".{destination.name}.old-{os.getpid()}")
+        if destination.exists():
+            destination.rename(old)
+        partial.rename(destination)
+        _sync(destination.parent)
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def write_text(destination: Path, text: str) -> None:
+    """Write ``text`` as UTF-8, all of it or nothing."""
+    with publish_file(destination) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+def write_json(destination: Path, value: Any) -> None:
+    """Write ``value`` as indented JSON with a final newline, all of it or nothing."""
+    write_text(destination, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Return the value in a JSON file."""
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def sha256_file(path: Path) -> str:
+    """Return the SHA-256 of a file's bytes as 64 hex digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sync(path: Path) -> None:
+    """Flush a file or a directory entry to the disk, so that a rename cannot outrun the data."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
