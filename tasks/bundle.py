@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pydantic import ConfigDict, ValidationError
+from pydantic import ConfigDict, Field, ValidationError
 
 from tasks.errors import NightlyError
 from tasks.files import read_json, write_json
@@ -49,7 +49,7 @@ class Bundle(Section):
     test_digest: str
     libraries: dict[str, str]
     training: dict[str, Any]
-    engines: dict[str, dict[str, Any]] = {}
+    engines: dict[str, dict[str, Any]] = Field(default_factory=dict)
     threshold: float | None = None
 
     @property

@@ -87,3 +87,10 @@ def _cpu_name() -> str:
     except OSError:
         model = "CPU"
     return f"{model}, {os.cpu_count()} cores"
+
+
+def gpu_present() -> bool:
+    """Tell whether a GPU can be used, without importing a deep-learning library."""
+    if os.environ.get("CUDA_VISIBLE_DEVICES") == "":
+        return False
+    return os.path.exists("/dev/nvidiactl") or os.path.exists("/dev/kfd")

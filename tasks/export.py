@@ -1,0 +1,126 @@
+"""Write the fast inference engines beside the model, and prove that they agree with it."""
+
+import argparse
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from pydantic import Field
+
+from tasks.bundle import Bundle, load_bundle, load_keras_model
+from tasks.device import prepare_device
+from tasks.engines import ENGINES, REFERENCE, open_engine, supports_bfloat16
+from tasks.errors import NightlyError, run_main
+from tasks.files import publish_directory
+from tasks.metrics import agreement, max_difference
+from tasks.params import Section, read_section
+
+
+class ExportParams(Section):
+    """What is written beside the Keras model, and how well it must agree.
+
+    ``minimum_agreement`` is the share of validation images to which an engine must give the same label as
+    Keras in float32: OpenVINO in float32 must reach it or the stage fails; a faster precision that does not is
+    written down but not offered. ``accepted_precision`` sets the bundle's confidence threshold: of the
+    validation images at or above it, at least this share is right.
+    """
+
+    openvino: bool = True
+    minimum_agreement: float = Field(0.995, ge=0, le=1)
+    accepted_precision: float = Field(0.99, ge=0, le=1)
+
+
+@dataclass(frozen=True)
+class ExportSummary:
+    """Agreement with Keras float32 by engine, and the threshold of confidence."""
+
+    engines: dict[str, dict[str, Any]]
+    threshold: float
+
+
+def confidence_threshold(probabilities: np.ndarray, targets: np.ndarray, precision: float) -> float:
+    """Return the smallest confidence at which the accepted predictions are right often enough.
+
+    Args:
+        probabilities: float (N, C).
+        targets: (N, C) one-hot.
+        precision: the share of images at or above the threshold that must be right.
+
+    Returns:
+        A confidence in 0..1; 1.0 if no threshold reaches ``precision``.
+    """
+    confidence = probabilities.max(axis=1)
+    right = probabilities.argmax(axis=1) == targets.argmax(axis=1)
+    order = np.argsort(-confidence, kind="stable")
+    share_right = np.cumsum(right[order]) / np.arange(1, len(right) + 1)
+    # A threshold accepts all images of equal confidence, so only the last of each run of equals counts.
+    last_of_equals = np.append(np.diff(confidence[order]) != 0, True)
+    enough = np.flatnonzero((share_right >= precision) & last_of_equals)
+    return float(confidence[order][enough[-1]]) if enough.size else 1.0
+
+
+def export(candidate: Path, prepared: Path, out: Path, params: ExportParams) -> ExportSummary:
+    """Copy the candidate's bundle, add the OpenVINO engine, and measure each engine on the validation split.
+
+    Args:
+        candidate: the train stage's output.
+        prepared: the prepare stage's output.
+        out: receives the completed bundle.
+
+    Raises:
+        NightlyError: OpenVINO in float32 does not agree with Keras.
+    """
+    prepare_device()
+    images = np.load(prepared / "validation" / "images.npy", mmap_mode="r")
+    targets = np.load(prepared / "validation" / "targets.npy", mmap_mode="r")
+    with publish_directory(out) as partial:
+        shutil.copytree(candidate, partial, dirs_exist_ok=True)
+        bundle = load_bundle(partial)
+        if params.openvino:
+            write_openvino(bundle)
+        names = [name for name in ENGINES if name == REFERENCE or params.openvino]
+        if not supports_bfloat16():
+            names = [name for name in names if name != "openvino-bfloat16"]
+        reference = open_engine(bundle, REFERENCE).probabilities(images)
+        engines: dict[str, dict[str, Any]] = {}
+        for name in names:
+            found = reference if name == REFERENCE else open_engine(bundle, name).probabilities(images)
+            share = agreement(reference, found)
+            engines[name] = {
+                "agreement": share,
+                "max_difference": max_difference(reference, found),
+                "offered": share >= params.minimum_agreement,
+            }
+            print(f"{name}: agreement {share:.4f} on {len(images):,} validation images", flush=True)
+            if name == "openvino-float32" and share < params.minimum_agreement:
+                raise NightlyError(
+                    f"{name} agrees with {REFERENCE} on {share:.4f} of the validation images, but "
+                    f"export.minimum_agreement is {params.minimum_agreement:g}: the engine is not written"
+                )
+        threshold = confidence_threshold(reference, targets, params.accepted_precision)
+        bundle.changed(engines=engines, threshold=threshold).save()
+    return ExportSummary(engines, threshold)
+
+
+def write_openvino(bundle: Bundle) -> None:
+    """Convert the bundle's Keras model to OpenVINO's format, beside it."""
+    bundle.openvino_file.parent.mkdir(parents=True, exist_ok=True)
+    load_keras_model(bundle).export(bundle.openvino_file, format="openvino", verbose=False)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=export.__doc__.splitlines()[0])
+    parser.add_argument("--candidate", type=Path, required=True)
+    parser.add_argument("--prepared", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--params", type=Path, default=Path("params.yaml"))
+    args = parser.parse_args()
+    summary = export(args.candidate, args.prepared, args.out, read_section(args.params, "export", ExportParams))
+    offered = ", ".join(name for name, facts in summary.engines.items() if facts["offered"])
+    print(f"exported; engines offered: {offered}; predictions are accepted from confidence {summary.threshold:.3f}")
+
+
+if __name__ == "__main__":
+    run_main(main)
