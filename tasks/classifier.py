@@ -82,10 +82,8 @@ def build_classifier(params: ModelParams, image_size: int, classes: int, normali
     for number in range(params.doublings):
         x = layers.UpSampling2D(2, interpolation=params.interpolation, name=f"double_{number + 1}")(x)
     x = _backbone(params, upsampled)(x)
-    if params.pool == "flatten":
-        x = layers.Flatten(name="flatten")(x)
-    else:
-        x = layers.GlobalAveragePooling2D(name="pool")(x)
+    pool = layers.Flatten if params.pool == "flatten" else layers.GlobalAveragePooling2D
+    x = pool(name="pool")(x)
     for number, width in enumerate(params.head_units, start=1):
         if params.head_batch_normalization:
             x = layers.BatchNormalization(name=f"head_norm_{number}")(x)
@@ -142,6 +140,6 @@ def _fetch_imagenet_weights() -> Path:
         return Path(keras.utils.get_file(name, IMAGENET_WEIGHTS, cache_subdir="models", file_hash=IMAGENET_MD5))
     except Exception as error:  # get_file raises a bare Exception for any network trouble
         raise NightlyError(
-            f"model.weights: the ImageNet weights cannot be fetched ({' '.join(str(error).split())[:200]}); bring {name} "
-            "to this machine and set model.weights to its path, or set it to null for random weights"
+            f"model.weights: the ImageNet weights cannot be fetched ({' '.join(str(error).split())[:200]}); bring "
+            f"{name} to this machine and set model.weights to its path, or set it to null for random weights"
         ) from None

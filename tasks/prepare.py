@@ -143,10 +143,11 @@ def check_gates(manifest: pd.DataFrame, params: PrepareParams) -> None:
         raise NightlyError("the source holds no images: check download.source and what it points to")
     broken = manifest[~manifest.status.isin(["ok", "duplicate", "label_conflict"])]
     if len(broken) > params.maximum_unreadable_fraction * len(manifest):
-        first = broken.iloc[0]
+        example = broken.iloc[0]
+        first = f"{example['name']} ({example.status}: {example.reason})"
         raise NightlyError(
             f"{len(broken)} of {len(manifest)} images are unreadable, prepare.maximum_unreadable_fraction allows "
-            f"{params.maximum_unreadable_fraction:g} of them; the first is {first['name']} ({first.status}: {first.reason})"
+            f"{params.maximum_unreadable_fraction:g} of them; the first is {first}"
         )
     good = manifest[manifest.status == "ok"]
     found = natsorted(set(manifest["class"]))

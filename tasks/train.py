@@ -301,8 +301,9 @@ class Recorder:
         )
         speed = self._steps * self._params.batch_size / seconds
         print(
-            f"epoch {epoch}/{self._params.epochs}: loss {logs['loss']:.4f}, accuracy {logs['accuracy']:.4f}, validation "
-            f"loss {logs['val_loss']:.4f}, accuracy {logs['val_accuracy']:.4f}, {seconds:.1f} s, {speed:.0f} images/s",
+            f"epoch {epoch}/{self._params.epochs}: loss {logs['loss']:.4f}, accuracy {logs['accuracy']:.4f}, "
+            f"validation loss {logs['val_loss']:.4f}, accuracy {logs['val_accuracy']:.4f}, "
+            f"{seconds:.1f} s, {speed:.0f} images/s",
             flush=True,
         )
 
