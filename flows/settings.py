@@ -1,0 +1,104 @@
+"""The whole of ``params.yaml`` as one validated thing, and the sections that belong to the flows."""
+
+import difflib
+from pathlib import Path
+from typing import Annotated
+from zoneinfo import available_timezones
+
+from pydantic import Field, field_validator
+
+from tasks.errors import NightlyError
+from tasks.params import Section, nearest, parse_section, read_params_file
+
+
+class RetrainParams(Section):
+    """The nightly run: when a challenger goes into service, and how long to be patient.
+
+    Attributes:
+        minimum_gain: accuracy on the frozen test set that a challenger must win by, 0..1.
+        accuracy_floor: accuracy under which no model goes into service, the first one included.
+        stage_time_limit_hours: a stage that runs longer is ended and has failed.
+        download_retries: further attempts at the download stage, the only one that is retried.
+        dvc_patience_minutes: how long to wait for another DVC command in the workspace.
+        maximum_lateness_hours: a scheduled run that starts later than this is skipped, so that three nights
+            without power do not become three retrainings in a row.
+    """
+
+    minimum_gain: Annotated[float, Field(ge=0, le=1)] = 0.001
+    accuracy_floor: Annotated[float, Field(ge=0, le=1)] = 0.5
+    stage_time_limit_hours: Annotated[float, Field(gt=0)] = 12.0
+    download_retries: Annotated[int, Field(ge=0, le=20)] = 3
+    download_retry_delay_seconds: Annotated[float, Field(ge=0)] = 60.0
+    dvc_patience_minutes: Annotated[float, Field(ge=0)] = 10.0
+    maximum_lateness_hours: Annotated[float, Field(gt=0)] = 6.0
+
+
+class ServeParams(Section):
+    """When the nightly run starts.
+
+    Attributes:
+        cron: five fields: minute, hour, day of month, month, day of week.
+        timezone: IANA name; the hour stays the same through daylight saving time.
+    """
+
+    cron: str = "0 2 * * *"
+    timezone: str = "UTC"
+
+    @field_validator("cron")
+    @classmethod
+    def _cron_is_valid(cls, cron: str) -> str:
+        from prefect.client.schemas.schedules import CronSchedule
+
+        try:
+            CronSchedule(cron=cron, timezone="UTC")
+        except ValueError:
+            raise ValueError("must be five cron fields such as '0 2 * * *' (every night at two)") from None
+        return cron
+
+    @field_validator("timezone")
+    @classmethod
+    def _timezone_exists(cls, name: str) -> str:
+        known = available_timezones()
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            raise ValueError(f"must be an IANA time zone such as '{close[0] if close else 'Europe/Madrid'}'")
+        return name
+
+
+def schemas() -> dict[str, type[Section]]:
+    """Return the schema of every section, in the order of the pipeline."""
+    from tasks.augment import AugmentParams
+    from tasks.classifier import ModelParams
+    from tasks.download import DownloadParams
+    from tasks.evaluate import EvaluateParams
+    from tasks.export import ExportParams
+    from tasks.predict import PredictParams
+    from tasks.prepare import PrepareParams
+    from tasks.train import TrainParams
+
+    return {
+        "download": DownloadParams,
+        "prepare": PrepareParams,
+        "augment": AugmentParams,
+        "model": ModelParams,
+        "train": TrainParams,
+        "export": ExportParams,
+        "evaluate": EvaluateParams,
+        "predict": PredictParams,
+        "retrain": RetrainParams,
+        "serve": ServeParams,
+    }
+
+
+def read_settings(path: Path) -> dict[str, Section]:
+    """Return every section of the parameter file, validated; a missing section has its defaults.
+
+    Raises:
+        NightlyError: the first section, key or value that is not allowed, and what is.
+    """
+    values = read_params_file(path)
+    known = schemas()
+    for name in values:
+        if name not in known:
+            raise NightlyError(f"{path}: unknown section '{name}', {nearest(str(name), list(known))}")
+    return {name: parse_section(values.get(name) or {}, name, schema, path) for name, schema in known.items()}

@@ -1,0 +1,290 @@
+"""Judging, the registry, the champion's pointer and the ledger."""
+
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tasks import promote as module
+from tasks.bundle import MODEL_FILE, Bundle
+from tasks.errors import NightlyError
+from tasks.files import read_json, write_json
+from tasks.promote import (
+    Verdict,
+    champion_id,
+    champion_path,
+    history,
+    hold,
+    incomparable,
+    judge,
+    promote,
+    register,
+    registered,
+    rollback,
+    rollback_target,
+)
+
+
+def metrics(model_id: str, accuracy: float, classes: str = "ab", test_digest: str = "t1") -> dict:
+    return {
+        "model_id": model_id,
+        "test_digest": test_digest,
+        "accuracy": accuracy,
+        "per_class": {name: {} for name in classes},
+    }
+
+
+def export(root: Path, model_id: str, accuracy: float = 0.9) -> tuple[Path, Path]:
+    """Write what the stages export and evaluate leave behind."""
+    exported, evaluation = root / "exported", root / "evaluation"
+    exported.mkdir(parents=True, exist_ok=True)
+    evaluation.mkdir(exist_ok=True)
+    Bundle(
+        path=exported,
+        format=1,
+        id=model_id,
+        created="2026-01-01T00:00:00+00:00",
+        classes=["a", "b"],
+        decode={"size": 8},
+        normalization={"mode": "unit"},
+        parameters={},
+        data_digest=f"data-of-{model_id}",
+        test_digest="t1",
+        libraries={},
+        training={},
+    ).save()
+    (exported / MODEL_FILE).write_text(f"weights of {model_id}")
+    write_json(evaluation / "metrics.json", metrics(model_id, accuracy))
+    (evaluation / "report.html").write_text("<p>report")
+    return exported, evaluation
+
+
+@pytest.fixture
+def models(tmp_path):
+    """A models directory with two registered models, none in service."""
+    for model_id in ("old", "new"):
+        register(*export(tmp_path / model_id, model_id), tmp_path / "models" / "registry")
+    return tmp_path / "models"
+
+
+GOOD = Verdict("promote", ["better"])
+
+
+# --- judge
+
+
+def test_the_first_model_needs_only_the_floor():
+    assert judge(metrics("new", 0.5), None, 0.1, 0.5).action == "promote"
+    assert judge(metrics("new", 0.499), None, 0.1, 0.5) == Verdict(
+        "hold", ["accuracy 49.90% is under the floor of 50.00%"]
+    )
+
+
+@pytest.mark.parametrize(
+    ("accuracy", "minimum_gain", "action", "reason"),
+    [
+        (0.973, 0.001, "promote", "better than the champion on the frozen test set by 0.10 points"),
+        (0.9725, 0.001, "hold", "better than the champion on the frozen test set by 0.05 points only"),
+        (0.9725, 0.0, "promote", "better than the champion"),
+        (0.972, 0.0, "hold", "as good as the champion on the frozen test set, and no better"),
+        (0.95, 0.0, "hold", "worse than the champion on the frozen test set by 2.20 points"),
+    ],
+)
+def test_a_challenger_must_be_better_by_the_minimum_gain(accuracy, minimum_gain, action, reason):
+    verdict = judge(metrics("new", accuracy), metrics("old", 0.972), minimum_gain, 0.5)
+    assert verdict.action == action
+    assert verdict.reasons[0].startswith(reason)
+
+
+def test_a_better_model_under_the_floor_is_held():
+    assert judge(metrics("new", 0.4), metrics("old", 0.3), 0.0, 0.5).action == "hold"
+
+
+def test_the_champion_does_not_replace_itself():
+    assert judge(metrics("same", 0.9), metrics("same", 0.8), 0.0, 0.5) == Verdict(
+        "hold", ["same is the champion already"]
+    )
+
+
+def test_other_classes_can_not_be_compared_and_the_way_out_is_named():
+    verdict = judge(metrics("new", 0.99, "abc"), metrics("old", 0.5, "abd"), 0.0, 0.5)
+    assert verdict.action == "hold"
+    assert verdict.reasons == [
+        "its classes differ from the champion's (+c, -d), so the two can't be compared",
+        "if it is the one you want, put it in service by hand with 'nightly promote new'",
+    ]
+
+
+def test_another_test_set_can_not_be_compared():
+    assert "another test set" in incomparable(metrics("new", 0.9), metrics("old", 0.8, test_digest="t0"))
+    assert judge(metrics("new", 0.9), metrics("old", 0.8, test_digest="t0"), 0.0, 0.5).action == "hold"
+    assert incomparable(metrics("new", 0.9, "ab"), metrics("old", 0.8, "ba")) is None
+
+
+@given(new=st.floats(0, 1), old=st.floats(0, 1), gain=st.floats(0, 1), floor=st.floats(0, 1))
+def test_no_model_that_is_worse_or_under_the_floor_is_ever_promoted(new, old, gain, floor):
+    verdict = judge(metrics("new", new), metrics("old", old), gain, floor)
+    assert verdict.reasons
+    if new <= old or new < floor:
+        assert verdict.action == "hold"
+
+
+# --- the registry
+
+
+def test_a_registered_model_is_a_copy_with_its_evaluation(tmp_path):
+    exported, evaluation = export(tmp_path, "m1")
+    assert register(exported, evaluation, tmp_path / "registry") == "m1"
+    files = {str(path.relative_to(tmp_path / "registry")) for path in (tmp_path / "registry").rglob("*.*")}
+    assert files == {
+        "m1/bundle.json",
+        "m1/model.keras",
+        "m1/evaluation/metrics.json",
+        "m1/evaluation/report.html",
+    }
+
+
+def test_a_registered_model_is_never_changed(tmp_path):
+    exported, evaluation = export(tmp_path, "m1")
+    register(exported, evaluation, tmp_path / "registry")
+    (exported / MODEL_FILE).write_text("other weights")
+    assert register(exported, evaluation, tmp_path / "registry") == "m1"
+    assert (tmp_path / "registry" / "m1" / MODEL_FILE).read_text() == "weights of m1"
+
+
+def test_a_half_copied_model_never_has_its_name(tmp_path, monkeypatch):
+    exported, evaluation = export(tmp_path, "m1")
+    (evaluation / "report.html").unlink()
+    with pytest.raises(FileNotFoundError):
+        register(exported, evaluation, tmp_path / "registry")
+    assert list((tmp_path / "registry").iterdir()) == []
+
+
+def test_an_evaluation_of_another_model_is_refused(tmp_path):
+    exported, evaluation = export(tmp_path, "m1")
+    write_json(evaluation / "metrics.json", metrics("m0", 0.9))
+    with pytest.raises(NightlyError, match=r"is about model m0, but .*exported holds m1"):
+        register(exported, evaluation, tmp_path / "registry")
+
+
+def test_models_that_only_dvc_still_holds_are_known_and_named_as_missing(models):
+    (models / "registry" / "pruned.dvc").touch()
+    assert registered(models) == ["new", "old", "pruned"]
+    with pytest.raises(NightlyError, match=r"pruned is missing: fetch it with 'dvc pull .*pruned\.dvc'"):
+        promote(models, "pruned", GOOD)
+
+
+def test_an_unknown_model_is_answered_with_the_nearest(models):
+    with pytest.raises(NightlyError, match=r"no model 'odl' in the registry: did you mean 'old'\?"):
+        promote(models, "odl", GOOD)
+
+
+# --- the champion and the ledger
+
+
+def test_without_a_champion_the_error_says_what_to_do(models):
+    assert champion_id(models) is None
+    with pytest.raises(NightlyError, match="no model yet: run 'nightly retrain', or name one with --model"):
+        champion_path(models)
+
+
+def test_promoting_moves_the_pointer_and_writes_the_ledger(models):
+    promote(models, "old", Verdict("promote", ["the first"]))
+    promote(models, "new", GOOD, champion_metrics=metrics("old", 0.8))
+    assert champion_path(models) == models / "registry" / "new"
+    first, second = history(models)
+    assert (first.action, first.id, first.champion_before, first.champion) == ("promote", "old", None, None)
+    assert (second.id, second.champion_before, second.reasons) == ("new", "old", ["better"])
+    assert second.challenger == metrics("new", 0.9)
+    assert second.champion == metrics("old", 0.8)
+    assert second.data_digest == "data-of-new"
+    assert read_json(models / "champion.json") == {"id": "new", "promoted": second.time, "reason": "better"}
+
+
+def test_holding_is_written_too_and_changes_nothing(models):
+    promote(models, "old", GOOD)
+    hold(models, Verdict("hold", ["worse"]), metrics("x", 0.1), metrics("old", 0.9), "d1")
+    assert champion_id(models) == "old"
+    entry = history(models)[-1]
+    assert (entry.action, entry.id, entry.champion_before, entry.data_digest) == ("hold", "x", "old", "d1")
+
+
+def test_rolling_back_twice_goes_further_back_and_not_forward_again(models, tmp_path):
+    register(*export(tmp_path / "third", "third"), models / "registry")
+    for model_id in ("old", "new", "third"):
+        promote(models, model_id, GOOD)
+    for expected in ("new", "old"):
+        assert rollback_target(models) == expected
+        rollback(models, rollback_target(models), "by hand")
+        assert champion_id(models) == expected
+    with pytest.raises(NightlyError, match="old is the first champion"):
+        rollback_target(models)
+    assert [entry.action for entry in history(models)] == ["promote"] * 3 + ["rollback"] * 2
+
+
+def test_there_is_nothing_to_roll_back_before_the_first_champion(models):
+    with pytest.raises(NightlyError, match="no model is in service"):
+        rollback_target(models)
+
+
+def test_a_kill_at_any_step_leaves_the_old_or_the_new_champion_in_service(models, monkeypatch):
+    """Raise at each system call that changes the disk, one after the other, and finish the promotion afterwards."""
+    promote(models, "old", GOOD)
+    kills = 0
+    for step in range(100):
+        with monkeypatch.context() as patch:
+            count = 0
+
+            def wrap(function, step=step):
+                def call(*args, **kwargs):
+                    nonlocal count
+                    count += 1
+                    if count == step + 1:
+                        raise KeyboardInterrupt
+                    return function(*args, **kwargs)
+
+                return call
+
+            for name in ("fsync", "open", "mkdir"):
+                patch.setattr(module.os, name, wrap(getattr(module.os, name)))
+            patch.setattr(Path, "replace", wrap(Path.replace))
+            patch.setattr(Path, "open", wrap(Path.open))
+            patch.setattr(Path, "write_text", wrap(Path.write_text))
+            try:
+                promote(models, "new", GOOD)
+            except KeyboardInterrupt:
+                kills += 1
+                assert champion_id(models) in ("old", "new")
+                assert champion_path(models).is_dir()
+                assert all(entry.id in ("old", "new") for entry in history(models))
+                continue
+        break
+    assert kills >= 6
+    assert champion_id(models) == "new"
+    # However often the promotion was tried, the way back leads to the model before it.
+    assert rollback_target(models) == "old"
+
+
+def test_a_torn_last_line_is_survived_and_the_next_one_is_whole(models, caplog):
+    promote(models, "old", GOOD)
+    ledger = models / "ledger.jsonl"
+    whole = ledger.read_bytes()
+    for length in (1, len(whole) // 2, len(whole) - 1):
+        ledger.write_bytes(whole + whole[:length])
+        entry = promote(models, "new", GOOD)
+        lines = ledger.read_text().splitlines()
+        assert len(lines) == 3
+        assert json.loads(lines[2]) == vars(entry)
+        assert history(models)[-1] == entry
+    assert "line 2 is damaged and was left out" in caplog.text
+
+
+def test_a_damaged_pointer_is_named_and_mended_by_a_rollback(models):
+    promote(models, "old", GOOD)
+    (models / "champion.json").write_text("<<<<<<< HEAD")
+    with pytest.raises(NightlyError, match=r"champion\.json is damaged: .*nightly rollback ID"):
+        champion_path(models)
+    rollback(models, "old", "mended")
+    assert champion_id(models) == "old"
