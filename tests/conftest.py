@@ -7,3 +7,98 @@ os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 os.environ.setdefault("DVC_NO_ANALYTICS", "1")
 os.environ.setdefault("DO_NOT_TRACK", "1")
 os.environ.setdefault("NO_COLOR", "1")
+
+
+import io
+import json
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+COLORS = {"blue": (40, 60, 200), "green": (50, 190, 70), "red": (200, 50, 40)}
+IMAGE_SIZE = 8
+
+
+def colored_image(name: str, seed: int) -> np.ndarray:
+    """Return a noisy uint8 (8, 8, 3) RGB image in the color that is its class."""
+    noise = np.random.default_rng([seed, len(name)]).normal(0, 25, (IMAGE_SIZE, IMAGE_SIZE, 3))
+    return np.clip(np.array(COLORS[name]) + noise, 0, 255).astype(np.uint8)
+
+
+@pytest.fixture(scope="session")
+def raw(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The download stage's output for a source of three colors, 60 PNG images each."""
+    from tasks.images import encode_png
+
+    folder = tmp_path_factory.mktemp("raw")
+    with tarfile.open(folder / "images.tar", "w") as archive:
+        for name in COLORS:
+            for seed in range(60):
+                data = encode_png(colored_image(name, seed))
+                info = tarfile.TarInfo(f"{name}/{seed}.png")
+                info.size = len(data)
+                archive.addfile(info, io.BytesIO(data))
+    facts = {"source": "folder", "format": "folder", "file": "images.tar", "bytes": 0, "sha256": ""}
+    (folder / "source.json").write_text(json.dumps(facts))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def prepared(raw: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The prepare stage's output for the three colors."""
+    from tasks.prepare import PrepareParams, prepare
+
+    out = tmp_path_factory.mktemp("prepared") / "prepared"
+    prepare(raw, Path("nowhere"), out, PrepareParams(decode={"size": IMAGE_SIZE}))
+    return out
+
+
+@pytest.fixture(scope="session")
+def tiny_backbone():
+    """Put one small convolution where ResNet50 stands, so that training takes seconds."""
+    import tasks.classifier
+
+    def build(params, size):
+        import keras
+
+        images = keras.Input((size, size, 3))
+        x = keras.layers.Conv2D(8, 3, strides=4)(images)
+        x = keras.layers.BatchNormalization(momentum=params.batch_normalization_momentum)(x)
+        return keras.Model(images, keras.layers.ReLU()(x), name="tiny")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tasks.classifier, "_backbone", build)
+        yield
+
+
+@pytest.fixture(scope="session")
+def augmented(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What training wants to see of the augment stage."""
+    folder = tmp_path_factory.mktemp("augmented")
+    (folder / "summary.json").write_text("{}")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def candidate(prepared: Path, augmented: Path, tiny_backbone: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The train stage's output: a small network trained on the three colors."""
+    from tasks.augment import AugmentParams
+    from tasks.classifier import ModelParams
+    from tasks.train import TrainParams, train
+
+    out = tmp_path_factory.mktemp("candidate") / "candidate"
+    model = ModelParams(batch_normalization_momentum=0.5)
+    train(prepared, augmented, out, TrainParams(epochs=8, batch_size=16, learning_rate=0.03), model, AugmentParams())
+    return out
+
+
+@pytest.fixture(scope="session")
+def exported(candidate: Path, prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The export stage's output for that network."""
+    from tasks.export import ExportParams, export
+
+    out = tmp_path_factory.mktemp("exported") / "exported"
+    export(candidate, prepared, out, ExportParams())
+    return out
