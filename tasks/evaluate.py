@@ -1,0 +1,320 @@
+"""Measure every engine of a model on the frozen test split; write metrics, predictions, plots and the report."""
+
+import argparse
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from pydantic import Field
+
+from tasks import metrics
+from tasks.bundle import Bundle, load_bundle
+from tasks.engines import REFERENCE, Engine, open_engine
+from tasks.errors import NightlyError, run_main
+from tasks.files import publish_directory, read_json, write_json, write_text
+from tasks.params import Section, read_section
+from tasks.progress import progress
+from tasks.report import Picture, ReportData, render_report
+
+
+class EvaluateParams(Section):
+    """How the test split is run and what the report shows; none of it changes an accuracy.
+
+    Attributes:
+        batch_size: images per inference batch; null leaves it to the engine.
+        calibration_bins: equal-width confidence bins of the calibration error.
+        confidence_level: of the accuracy's interval.
+        pictures: mistakes, and as many hits, shown in the report.
+    """
+
+    batch_size: int | None = Field(default=None, ge=1, le=4096)
+    calibration_bins: int = Field(default=15, ge=2, le=100)
+    confidence_level: float = Field(default=0.95, gt=0, lt=1)
+    pictures: int = Field(default=24, ge=0, le=64)
+
+
+@dataclass(frozen=True)
+class EvaluateSummary:
+    """What the night needs to know of an evaluation."""
+
+    model_id: str
+    accuracy: float
+    test_images: int
+    report: Path
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Everything measured, before any of it is written.
+
+    Attributes:
+        metrics: the content of metrics.json.
+        predictions: one row per test image: ``index, target, label, correct, confidence, p_0, p_1, ...``.
+        matrix: confusion counts ``(C, C)``, true classes in rows.
+        mistakes: indexes of wrong predictions, the most confident first.
+        hits: indexes of right predictions, the least confident first.
+    """
+
+    metrics: dict[str, Any]
+    predictions: pd.DataFrame
+    matrix: np.ndarray
+    bins: list[metrics.CalibrationBin]
+    mistakes: list[int]
+    hits: list[int]
+
+
+def summarise(
+    probabilities: Mapping[str, np.ndarray],
+    targets: np.ndarray,
+    classes: list[str],
+    params: EvaluateParams,
+    *,
+    model_id: str,
+    test_digest: str,
+    threshold: float | None,
+) -> Evaluation:
+    """Measure the engines' probabilities against the targets; every headline figure is ``keras-float32``'s.
+
+    Shares are rounded to six decimals and differences to two digits, so that metrics.json shows the same
+    figures on the next run of the same model. Beyond those named in ``tasks.metrics``, it holds
+
+    - ``accuracy_low``, ``accuracy_high``: Wilson interval of the accuracy at ``params.confidence_level``;
+    - ``mistakes``: number of wrong labels; ``macro_f1``: mean F1 over the classes that have test images;
+    - ``threshold``: the bundle's, and at it ``accepted``: share of images at least that confident, and
+      ``accepted_accuracy``: accuracy among them, 0 if there are none. All three are absent without a threshold.
+
+    Args:
+        probabilities: ``(N, C)`` by engine name, ``keras-float32`` among them.
+        targets: class indexes ``(N,)``.
+
+    Raises:
+        NightlyError: an engine gave probabilities of another shape, or some that are no numbers.
+    """
+    for name, values in probabilities.items():
+        _check_probabilities(name, values, (len(targets), len(classes)))
+    reference = probabilities[REFERENCE]
+    labels = metrics.predicted_labels(reference)
+    confidence = reference.max(axis=1).astype(np.float64)
+    correct = labels == targets
+    matrix = metrics.confusion_matrix(targets, labels, len(classes))
+    scores = metrics.class_scores(matrix)
+    bins = metrics.calibration_bins(confidence, correct, params.calibration_bins)
+    low, high = metrics.wilson_interval(int(correct.sum()), len(targets), params.confidence_level)
+    figures: dict[str, Any] = {
+        "model_id": model_id,
+        "test_digest": test_digest,
+        "test_images": len(targets),
+        "mistakes": int((~correct).sum()),
+        "accuracy": _share(correct.mean()),
+        "accuracy_low": _share(low),
+        "accuracy_high": _share(high),
+        "top5_error": _share(metrics.top_k_error(targets, reference)),
+        "macro_f1": _share(metrics.macro_f1(scores)),
+        "log_loss": _share(metrics.log_loss(targets, reference)),
+        "calibration_error": _share(metrics.calibration_error(bins)),
+    }
+    if threshold is not None:
+        accepted = confidence >= threshold
+        figures["threshold"] = _share(threshold)
+        figures["accepted"] = _share(accepted.mean())
+        figures["accepted_accuracy"] = _share(metrics.accuracy(targets[accepted], labels[accepted]))
+    figures["per_class"] = {
+        name: {
+            "precision": _share(scores.precision[i]),
+            "recall": _share(scores.recall[i]),
+            "f1": _share(scores.f1[i]),
+            "images": int(scores.images[i]),
+        }
+        for i, name in enumerate(classes)
+    }
+    figures["engines"] = {
+        name: {
+            "accuracy": _share(metrics.accuracy(targets, metrics.predicted_labels(values))),
+            "agreement": _share(metrics.agreement(reference, values)),
+            "max_difference": float(f"{metrics.max_difference(reference, values):.2g}"),
+        }
+        for name, values in probabilities.items()
+    }
+    by_confidence = np.argsort(confidence, kind="stable")
+    return Evaluation(
+        metrics=figures,
+        predictions=_prediction_rows(reference, targets, labels, confidence, classes),
+        matrix=matrix,
+        bins=bins,
+        mistakes=[int(i) for i in by_confidence[::-1] if not correct[i]][: params.pictures],
+        hits=[int(i) for i in by_confidence if correct[i]][: params.pictures],
+    )
+
+
+def evaluate(exported: Path, prepared: Path, out: Path, params: EvaluateParams) -> EvaluateSummary:
+    """Run every engine of the bundle on the test split and publish what was measured in ``out``.
+
+    Raises:
+        NightlyError: the test split is empty, or its classes or image size are not the model's.
+    """
+    bundle = load_bundle(exported)
+    facts = read_json(prepared / "prepared.json")
+    images = np.load(prepared / "test" / "images.npy", mmap_mode="r")
+    targets = np.load(prepared / "test" / "targets.npy").argmax(axis=1)
+    _check_test_split(bundle, read_json(prepared / "classes.json"), images)
+    probabilities = {}
+    for name in dict.fromkeys([REFERENCE, *bundle.engines]):
+        probabilities[name] = _run(open_engine(bundle, name, batch_size=params.batch_size), images)
+    evaluation = summarise(
+        probabilities,
+        targets,
+        bundle.classes,
+        params,
+        model_id=bundle.id,
+        test_digest=facts["test_digest"],
+        threshold=bundle.threshold,
+    )
+    if (names := _test_names(prepared)) is not None:
+        evaluation.predictions.insert(1, "name", names)
+    with publish_directory(out) as folder:
+        write_json(folder / "metrics.json", evaluation.metrics)
+        evaluation.predictions.to_parquet(folder / "predictions.parquet", index=False)
+        _write_plots(folder / "plots", evaluation)
+        write_text(folder / "report.html", render_report(_report_data(evaluation, bundle, images, params)))
+    return EvaluateSummary(bundle.id, evaluation.metrics["accuracy"], len(targets), out / "report.html")
+
+
+def _check_test_split(bundle: Bundle, classes: list[str], images: np.ndarray) -> None:
+    if classes != bundle.classes:
+        unlike = [name for name in (*classes, *bundle.classes) if (name in classes) != (name in bundle.classes)]
+        reason = f"only one of them has {', '.join(map(repr, unlike[:5]))}" if unlike else "their order differs"
+        raise NightlyError(
+            f"model {bundle.id} has {len(bundle.classes)} classes and the test split {len(classes)}: {reason}"
+        )
+    size = bundle.decode.size
+    if images.shape[1:] != (size, size, 3):
+        raise NightlyError(
+            f"model {bundle.id} takes images {(size, size, 3)}, but the test split has {images.shape[1:]}"
+        )
+    if not len(images):
+        raise NightlyError("the test split must hold at least one image, but is empty: add images or change the split")
+
+
+def _test_names(prepared: Path) -> pd.Series | None:
+    """Return the source names of the test images in order, if the manifest says where each one went."""
+    manifest = pd.read_parquet(prepared / "manifest.parquet")
+    if "position" not in manifest:
+        return None
+    test = manifest[(manifest["status"] == "ok") & (manifest["split"] == "test")]
+    return test.sort_values("position")["name"].reset_index(drop=True)
+
+
+def _check_probabilities(name: str, values: np.ndarray, shape: tuple[int, int]) -> None:
+    if values.shape != shape:
+        raise NightlyError(f"engine {name} must give probabilities {shape}, but gave {values.shape}")
+    bad = int((~np.isfinite(values)).any(axis=1).sum())
+    if bad:
+        raise NightlyError(
+            f"engine {name} must give a number for every class, but gave NaN or infinity for {bad:,} of "
+            f"{shape[0]:,} test images: the training diverged"
+        )
+
+
+def _prediction_rows(
+    probabilities: np.ndarray, targets: np.ndarray, labels: np.ndarray, confidence: np.ndarray, classes: list[str]
+) -> pd.DataFrame:
+    names = np.array(classes, dtype=object)
+    columns = {
+        "index": np.arange(len(targets)),
+        "target": names[targets],
+        "label": names[labels],
+        "correct": labels == targets,
+        "confidence": confidence.astype(np.float32),
+        **{f"p_{i}": probabilities[:, i].astype(np.float32) for i in range(len(classes))},
+    }
+    return pd.DataFrame(columns)
+
+
+def _write_plots(folder: Path, evaluation: Evaluation) -> None:
+    """Write the CSV files that DVC plots: one row per image for its confusion template, one per filled bin."""
+    folder.mkdir()
+    confusion = evaluation.predictions[["target", "label"]]
+    confusion.columns = ["actual", "predicted"]
+    confusion.to_csv(folder / "confusion.csv", index=False, lineterminator="\n")
+    filled = [b for b in evaluation.bins if b.images]
+    calibration = pd.DataFrame(
+        {
+            "confidence": [_share(b.confidence) for b in filled],
+            "accuracy": [_share(b.accuracy) for b in filled],
+            "images": [b.images for b in filled],
+        }
+    )
+    calibration.to_csv(folder / "calibration.csv", index=False, lineterminator="\n")
+
+
+def _report_data(evaluation: Evaluation, bundle: Bundle, images: np.ndarray, params: EvaluateParams) -> ReportData:
+    notes = []
+    if bundle.test_digest != evaluation.metrics["test_digest"]:
+        notes.append(
+            "The test split has changed since this model was trained: its figures compare only with those of "
+            "models measured on the same test data."
+        )
+    history = bundle.path / "history.csv"
+    return ReportData(
+        metrics=evaluation.metrics,
+        classes=bundle.classes,
+        matrix=evaluation.matrix,
+        bins=evaluation.bins,
+        mistakes=[_picture(evaluation.predictions, i, images, bundle.classes) for i in evaluation.mistakes],
+        hits=[_picture(evaluation.predictions, i, images, bundle.classes) for i in evaluation.hits],
+        history=pd.read_csv(history) if history.is_file() else pd.DataFrame(),
+        facts=bundle.model_dump(mode="json", exclude={"path"}),
+        reference=REFERENCE,
+        level=params.confidence_level,
+        notes=notes,
+    )
+
+
+def _picture(predictions: pd.DataFrame, index: int, images: np.ndarray, classes: list[str]) -> Picture:
+    row = predictions.iloc[index]
+    ranked = np.argsort(-row[[f"p_{i}" for i in range(len(classes))]].to_numpy(np.float64), kind="stable")
+    other = classes.index(row["target"]) if not row["correct"] else int(ranked[1])
+    return Picture(
+        index=index,
+        pixels=images[index],
+        label=row["label"],
+        confidence=float(row["confidence"]),
+        other=classes[other],
+        other_probability=float(row[f"p_{other}"]),
+        name=row.get("name", ""),
+    )
+
+
+def _share(value: float) -> float:
+    return round(float(value), 6)
+
+
+def _run(engine: Engine, images: np.ndarray) -> np.ndarray:
+    """Return the engine's probabilities, showing how far it is."""
+    starts = range(0, len(images), engine.batch_size)
+    batches = (images[start : start + engine.batch_size] for start in starts)
+    parts = []
+    with progress(f"Testing {engine.name}", len(images)) as advance:
+        for part in engine.stream(batches):
+            parts.append(part)
+            advance(len(part))
+    return np.concatenate(parts)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=evaluate.__doc__.splitlines()[0])
+    parser.add_argument("--exported", type=Path, required=True)
+    parser.add_argument("--prepared", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--params", type=Path, default=Path("params.yaml"))
+    args = parser.parse_args()
+    summary = evaluate(args.exported, args.prepared, args.out, read_section(args.params, "evaluate", EvaluateParams))
+    print(f"evaluated model {summary.model_id}: accuracy {summary.accuracy:.4f} on {summary.test_images:,} test images")
+    print(f"report: {summary.report}")
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,91 @@
+"""What every HTML page shares: the template environment, pictures as data URIs, figures in words.
+
+Pages load nothing, run no script, and escape every name that comes from data. Each figure stands in a
+``<data data-metric="...">`` element with its exact value, so that a page can be checked against its JSON.
+"""
+
+import base64
+import io
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+from PIL import Image
+
+# Up to this size pixels are shown as squares; photographs are better smoothed.
+PIXELATED_SIZE = 64
+LARGEST_THUMBNAIL = 112
+
+
+def render(template: str, **values: Any) -> str:
+    """Return a page from ``tasks/templates``; a name that the template wants and lacks is an error."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).with_name("templates")),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters.update(percent=percent, counted=counted)
+    page = environment.get_template(template).render(values)
+    # A file name that is no UTF-8 reaches us with surrogates, which no page can hold.
+    return page.encode("utf-8", "backslashreplace").decode("utf-8") + "\n"
+
+
+def percent(share: float, digits: int = 0) -> str:
+    """Write a share as a percentage."""
+    return f"{share * 100:.{digits}f}%"
+
+
+def counted(count: int, singular: str, plural: str | None = None) -> str:
+    """Write a count with its noun."""
+    return f"{count:,} {singular if count == 1 else plural or singular + 's'}"
+
+
+def rows_of(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    """Return nested mappings as (dotted name, text) rows."""
+    rows = []
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            rows += rows_of(value, f"{prefix}{name}.")
+        else:
+            rows.append((f"{prefix}{name}", text_of(value)))
+    return rows
+
+
+def text_of(value: Any) -> str:
+    """Write a parameter's value for people."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    if isinstance(value, list | tuple):
+        return ", ".join(text_of(item) for item in value) or "none"
+    return "none" if value is None else str(value)
+
+
+def thumbnail(pixels: np.ndarray, edge: int) -> str:
+    """Return a ``uint8`` RGB picture ``(H, W, 3)`` as a PNG data URI, shrunk to at most ``edge`` pixels."""
+    picture = Image.fromarray(np.ascontiguousarray(pixels))
+    picture.thumbnail((edge, edge), Image.Resampling.BOX)
+    return data_uri(picture)
+
+
+def thumbnail_edge(count: int, pixel_budget: int = 300_000) -> int:
+    """Return the largest edge at which ``count`` square pictures stay within a page's budget of pixels."""
+    return int(min(LARGEST_THUMBNAIL, math.sqrt(pixel_budget / max(count, 1))))
+
+
+def pixelated(images: Sequence[np.ndarray]) -> bool:
+    """Tell whether pictures are small enough to be enlarged as squares."""
+    return all(max(image.shape[:2]) <= PIXELATED_SIZE for image in images)
+
+
+def data_uri(picture: Image.Image) -> str:
+    """Return a picture as a PNG data URI."""
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG", optimize=True)
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
