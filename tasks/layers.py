@@ -64,17 +64,18 @@ class RandomShift(_RandomPixels):
 
     Args:
         pixels: the largest shift; smaller than the image.
-        fill: what comes in over the edge: the image mirrored at its border pixel, or black.
+        fill: what comes in over the edge: ``reflect``, the image mirrored at its border pixel; ``edge``, the
+            border pixel repeated; ``constant``, black.
     """
 
     def __init__(
-        self, pixels: int = 0, fill: Literal["reflect", "constant"] = "reflect", **kwargs: Any
+        self, pixels: int = 0, fill: Literal["reflect", "edge", "constant"] = "reflect", **kwargs: Any
     ) -> None:
         super().__init__(**kwargs)
         if pixels < 0:
             raise ValueError(f"pixels must be 0 or more, but is {pixels}")
-        if fill not in ("reflect", "constant"):
-            raise ValueError(f"fill must be 'reflect' or 'constant', but is {fill!r}")
+        if fill not in ("reflect", "edge", "constant"):
+            raise ValueError(f"fill must be 'reflect', 'edge' or 'constant', but is {fill!r}")
         self.pixels = pixels
         self.fill = fill
 
@@ -94,7 +95,7 @@ class RandomShift(_RandomPixels):
         first_row = ops.expand_dims(ops.arange(count, dtype="int32") * height, 1)
         flat = ops.expand_dims((first_row + rows) * width, 2) + ops.expand_dims(columns, 1)
         moved = ops.take(ops.reshape(images, (-1, channels)), flat, axis=0)
-        if self.fill == "reflect":
+        if self.fill != "constant":
             return moved
         return ops.where(_outer(rows_inside, columns_inside), moved, ops.zeros_like(moved))
 
@@ -268,9 +269,7 @@ def rectangle_law(height: int, width: int, s_l: float, s_h: float, r_1: float, r
     return law / law.sum()
 
 
-def _share_below(
-    x: float, y: np.ndarray, area: tuple[float, float], aspect: tuple[float, float]
-) -> np.ndarray:
+def _share_below(x: float, y: np.ndarray, area: tuple[float, float], aspect: tuple[float, float]) -> np.ndarray:
     """Return the share of the (s, r) box where √(s r) < x and √(s / r) < y, for every y.
 
     Both hold where s < min(x² / r, y² r). With s and r spread, the share is the integral over r of
@@ -332,7 +331,5 @@ def _require_uint8(layer: keras.layers.Layer, images: Any) -> None:
 def _image_size(layer: keras.layers.Layer, input_shape: Sequence[int | None]) -> tuple[int, int]:
     """Return height and width of ``(N, H, W, 3)``, which must be known when the layer is built."""
     if len(input_shape) != 4 or input_shape[1] is None or input_shape[2] is None:
-        raise ValueError(
-            f"{layer.name} takes images of one known size (N, H, W, 3), but got {tuple(input_shape)}"
-        )
+        raise ValueError(f"{layer.name} takes images of one known size (N, H, W, 3), but got {tuple(input_shape)}")
     return input_shape[1], input_shape[2]
