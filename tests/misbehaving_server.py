@@ -77,6 +77,10 @@ class MisbehavingServer:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self.finish()
+
+    def finish(self) -> None:
+        """Stop, and wait for every answer under way; after it ``requests`` change no more."""
         self.released.set()
         self.server.shutdown()
         self.thread.join()
