@@ -30,9 +30,7 @@ def render(template: str, **values: Any) -> str:
         lstrip_blocks=True,
     )
     environment.filters.update(percent=percent, counted=counted)
-    page = environment.get_template(template).render(values)
-    # A file name that is no UTF-8 reaches us with surrogates, which no page can hold.
-    return page.encode("utf-8", "backslashreplace").decode("utf-8") + "\n"
+    return environment.get_template(template).render(values) + "\n"
 
 
 def percent(share: float, digits: int = 0) -> str:

@@ -1,0 +1,322 @@
+import html.parser
+import io
+import re
+from base64 import b64decode
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+
+from tasks import charts
+from tasks.datacard import render_data_card
+from tasks.evaluate import EvaluateParams, summarise
+from tasks.metrics import calibration_bins
+from tasks.pages import thumbnail, thumbnail_edge
+from tasks.report import MATRIX_CLASSES, Picture, ReportData, render_report
+
+LIMIT_BYTES = 2_000_000
+HISTORY = pd.DataFrame(
+    {
+        "epoch": [1, 2, 3],
+        "loss": [2.0, 1.0, 0.5],
+        "accuracy": [0.3, 0.6, 0.8],
+        "val_loss": [1.8, 1.1, 0.7],
+        "val_accuracy": [0.35, 0.5, 0.75],
+        "learning_rate": [0.001, 0.001, 0.0005],
+        "seconds": [3.0, 2.0, 2.0],
+    }
+)
+FACTS = {
+    "created": "2025-11-23T15:45:01+00:00",
+    "parameters": {"train": {"epochs": 3, "optimizer": "adam", "weights": None, "rates": [0.1, 0.2]}},
+    "data_digest": "5f" * 32,
+    "libraries": {"keras": "3.12.0"},
+    "training": {"seconds": 97.3, "kept_epoch": 3},
+    "decode": {"size": 8},
+    "normalization": {"mode": "unit"},
+    "engines": {"keras-float32": {"offered": True}},
+}
+HOSTILE = ["<script>alert(1)</script>", '"><img src=x onerror=alert(1)>', "🦊 & {{ 7*7 }}", "plain"]
+
+
+def report_data(classes=None, count=300, size=8, quality=2.0, pictures=4, threshold=0.5, **changes):
+    classes = classes or [f"class {i}" for i in range(7)]
+    random = np.random.default_rng(0)
+    targets = random.integers(0, len(classes), count)
+    scores = random.normal(size=(count, len(classes))) + quality * np.eye(len(classes))[targets]
+    probabilities = np.exp(scores) / np.exp(scores).sum(axis=1, keepdims=True)
+    engines = {"keras-float32": probabilities, "openvino-bfloat16": probabilities.round(2)}
+    found = summarise(
+        engines,
+        targets,
+        classes,
+        EvaluateParams(pictures=pictures),
+        model_id="abc123",
+        test_digest="d1",
+        threshold=threshold,
+    )
+
+    def picture(index):
+        pixels = random.integers(0, 256, (size, size, 3), np.uint8)
+        return Picture(index, pixels, classes[0], 0.9, classes[1], 0.05, f"{classes[0]}/{index}.png")
+
+    values = {
+        "metrics": found.metrics,
+        "classes": classes,
+        "matrix": found.matrix,
+        "bins": found.bins,
+        "mistakes": [picture(i) for i in found.mistakes],
+        "hits": [picture(i) for i in found.hits],
+        "history": HISTORY,
+        "facts": FACTS,
+        "reference": "keras-float32",
+    }
+    return ReportData(**{**values, **changes})
+
+
+VOID = {"meta", "img", "br"}
+
+
+class Page(html.parser.HTMLParser):
+    """What a browser would make of a page: elements with attributes, text, and the figures in ``<data>``."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.elements, self.figures, self.text, self._open = [], {}, "", []
+        self.feed(text)
+        assert not self._open, f"never closed: {self._open}"
+
+    def handle_starttag(self, tag, attrs):
+        self.elements.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self._open.append(tag)
+        if "data-metric" in dict(attrs):
+            self._metric = dict(attrs)
+            self.figures[self._metric["data-metric"]] = [self._metric["value"], ""]
+
+    def handle_startendtag(self, tag, attrs):
+        self.elements.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag):
+        if tag not in VOID:
+            assert self._open.pop() == tag
+
+    def handle_data(self, data):
+        if "style" not in self._open:
+            self.text += data
+        if "data" in self._open:
+            self.figures[self._metric["data-metric"]][1] += data
+
+
+def flat(metrics, prefix=""):
+    for name, value in metrics.items():
+        if isinstance(value, dict):
+            yield from flat(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
+
+
+def test_every_figure_is_that_of_metrics_json_and_is_shown_as_it_is():
+    data = report_data()
+    shown = Page(render_report(data)).figures
+    expected = {name: value for name, value in flat(data.metrics) if not isinstance(value, str)}
+    expected.pop("test_images")
+    assert shown.keys() == expected.keys()
+    for name, (value, text) in shown.items():
+        assert float(value) == expected[name], name
+        scale = 100 if text.endswith("%") else 1
+        digits = text.rstrip("%").replace(",", "")
+        decimals = len(digits.partition(".")[2]) if "e" not in digits else 9
+        assert float(digits) / scale == pytest.approx(expected[name], abs=0.51 * 10**-decimals / scale), name
+
+
+@pytest.mark.parametrize("classes", [None, HOSTILE, [f"c{i}" for i in range(MATRIX_CLASSES + 1)]])
+def test_the_report_loads_nothing_and_runs_nothing(classes):
+    text = render_report(report_data(classes))
+    page = Page(text)
+    assert not re.search(r"https?:|//[a-z]|url\(|@import", re.sub(r"data:image/png;base64,[\w+/=]+", "", text))
+    assert not {"script", "link", "iframe", "object", "embed", "base"} & {tag for tag, _ in page.elements}
+    for _, attributes in page.elements:
+        assert not any(name.startswith("on") for name in attributes)
+        assert attributes.get("src", "data:image/png").startswith("data:image/png")
+        assert attributes.get("href", "#").startswith("#")
+    policy = next(attributes for _, attributes in page.elements if attributes.get("http-equiv"))
+    assert policy["content"].startswith("default-src 'none'")
+
+
+def test_hostile_class_names_are_shown_as_text():
+    page = Page(render_report(report_data(HOSTILE, quality=0.5)))
+    for name in HOSTILE:
+        assert page.text.count(name) >= 3, name
+
+
+def test_the_matrix_has_a_cell_per_pair_until_it_becomes_a_picture():
+    small, large = (report_data([f"c{i}" for i in range(n)], count=500) for n in (MATRIX_CLASSES, MATRIX_CLASSES + 1))
+    small_cells = [a for tag, a in Page(render_report(small)).elements if a.get("class", "").startswith("cell")]
+    assert len(small_cells) == MATRIX_CLASSES**2
+    page = Page(render_report(large))
+    assert not [a for tag, a in page.elements if a.get("class", "").startswith("cell")]
+    source = next(a["src"] for tag, a in page.elements if a.get("class") == "heat")
+    picture = np.asarray(Image.open(io.BytesIO(b64decode(source.partition(",")[2]))))
+    shares = large.matrix / large.matrix.sum(axis=1, keepdims=True)
+    np.testing.assert_allclose(picture[..., 3] / 255, np.sqrt(shares), atol=0.005)
+
+
+def test_the_matrix_shows_counts_and_row_shares():
+    data = report_data(["a", "b"], count=40, quality=1.0)
+    text = render_report(data)
+    rows = re.findall(r'<td class="cell[^>]*>(\d+)<small>([\d%<]+)</small>', text)
+    shares = data.matrix / data.matrix.sum(axis=1, keepdims=True)
+    assert [(int(count), share) for count, share in rows] == [
+        (int(c), f"{s:.0%}") for c, s in zip(data.matrix.ravel(), shares.ravel(), strict=True)
+    ]
+
+
+def test_the_commonest_confusions_come_first_with_their_share_of_the_class():
+    matrix = np.array([[8, 2, 0], [5, 4, 1], [0, 0, 9]])
+    table = render_report(report_data(["a", "b", "c"], matrix=matrix)).partition("Commonest confusions")[2]
+    body = table.partition("<tbody>")[2].partition("</tbody>")[0]
+    cells = [re.findall(r">([^<\n]+)<", row) for row in body.split("</tr>")[:-1]]
+    assert cells == [["b", "a", "5", "50.0%"], ["a", "b", "2", "20.0%"], ["b", "c", "1", "10.0%"]]
+
+
+@pytest.mark.parametrize(("classes", "size"), [(10, 32), (100, 224)])
+def test_the_report_of_ten_thousand_images_is_light(classes, size):
+    data = report_data([f"class {i}" for i in range(classes)], count=10_000, size=size, pictures=64)
+    assert len(data.mistakes) == len(data.hits) == 64
+    assert len(render_report(data).encode()) < LIMIT_BYTES
+
+
+def test_a_flawless_model_without_history_or_threshold_has_a_report():
+    data = report_data(["a", "b"], quality=50.0, threshold=None, history=pd.DataFrame(), hits=[])
+    text = Page(render_report(data)).text
+    assert "No test image got a wrong label" in text
+    assert "zero by definition: there are only 2 classes" in text
+    for absent in ("Accepted", "How it was trained", "Pictures worth a look", "threshold"):
+        assert absent not in text
+
+
+def test_a_class_without_images_shows_dashes_instead_of_scores():
+    data = report_data(["a", "b", "c"])
+    data.metrics["per_class"]["c"] = {"precision": 0.0, "recall": 0.0, "f1": 0.0, "images": 0}
+    row = re.search(r"<bdi>c</bdi></th>.*?</tr>", render_report(data), re.DOTALL).group()
+    assert row.count("–") == 3
+
+
+def test_parameters_and_digests_stand_in_the_record():
+    text = Page(render_report(report_data())).text
+    for word in ("optimizer", "adam", "0.1, 0.2", "5f" * 32, "3.12.0", "97 seconds", "23 November 2025, 15:45 UTC"):
+        assert word in text, word
+
+
+def test_the_same_data_gives_the_same_page():
+    assert render_report(report_data()) == render_report(report_data())
+
+
+def test_ticks_are_round_and_cover_the_range():
+    assert charts.ticks(0, 1) == [0, 0.2, 0.4, 0.6, 0.8, 1.0]
+    assert charts.ticks(0.952, 0.987) == [0.95, 0.96, 0.97, 0.98, 0.99]
+    assert charts.ticks(3, 3)[0] <= 3 <= charts.ticks(3, 3)[-1]
+    assert charts.ticks(0, 0)[-1] > 0
+
+
+def test_a_line_has_gaps_where_values_are_missing_and_one_value_is_a_dot():
+    gap = charts.line_chart([charts.Series("a", [(1, 1.0), (2, float("nan")), (3, 2.0), (4, 1.0)], "ink")], "x")
+    assert re.search(r'd="M[\d.]+ [\d.]+M[\d.]+ [\d.]+L[\d.]+ [\d.]+"', gap)
+    assert charts.line_chart([charts.Series("a", [(1, 0.5)], "ink")], "x").count("<circle") == 1
+    assert charts.line_chart([charts.Series("a", [(1, float("nan"))], "ink")], "x") == ""
+
+
+def test_nearby_axis_labels_of_shares_differ():
+    chart = charts.line_chart([charts.Series("a", [(1, 0.985), (2, 0.99)], "ink")], "x", y_text=charts.round_percent)
+    labels = re.findall(r'text-anchor="end">([^<]*)<', chart)
+    assert len(labels) >= 5
+    assert len(set(labels)) == len(labels)
+
+
+def test_reliability_bars_end_at_the_accuracy():
+    bins = calibration_bins([0.95] * 4, [True, True, True, False], bin_count=10)
+    chart = charts.reliability_diagram(bins, None)
+    (height,) = re.findall(r'<rect [^>]*height="([\d.]+)"', chart)
+    full = 330 - charts.TOP - charts.BOTTOM
+    assert float(height) == pytest.approx(0.75 * full, abs=0.06)
+    assert "3 of 4 right" in chart
+
+
+def test_thumbnails_keep_small_pictures_exactly_and_shrink_large_ones():
+    pixels = np.arange(8 * 8 * 3, dtype=np.uint8).reshape(8, 8, 3)
+    for source, edge, shape in ((pixels, 112, (8, 8, 3)), (np.zeros((300, 200, 3), np.uint8), 60, (60, 40, 3))):
+        back = np.asarray(Image.open(io.BytesIO(b64decode(thumbnail(source, edge).partition(",")[2]))))
+        assert back.shape == shape
+        np.testing.assert_array_equal(back, source if shape == source.shape else 0)
+    assert thumbnail_edge(1) == 112
+    assert thumbnail_edge(1000) ** 2 * 1000 <= 300_000
+
+
+def card(names, size=8, samples=10):
+    random = np.random.default_rng(0)
+    rows = [
+        {
+            "name": f"{name}/{i}.png",
+            "class": name,
+            "split": split,
+            "status": "ok",
+            "reason": "",
+            "width": 8,
+            "height": 8,
+        }
+        for k, name in enumerate(names)
+        for i, split in enumerate(["train"] * (6 + k % 3) + ["validation"] * 2 + ["test"])
+    ]
+    rows[0] |= {"status": "label_conflict", "reason": "same content in a, b"}
+    rows[7] |= {"status": "truncated", "reason": "the file ends after 212 bytes", "width": 0, "height": 0}
+    rows[8] |= {"status": "truncated", "reason": "the file ends after 99 bytes"}
+    manifest = pd.DataFrame(rows)
+    used = manifest[manifest["status"] == "ok"]
+    summary = {
+        "source": {"source": "folder", "file": "images.tar"},
+        "decode": {"size": size, "resize": "squash"},
+        "normalization": {
+            "mode": "standardize",
+            "mean": [1.0, 2.0, 3.0],
+            "std": [4.0, 5.0, 6.0],
+            "channel_order": "BGR",
+        },
+        "counts": {split: int((used["split"] == split).sum()) for split in ("train", "validation", "test")},
+        "near_duplicates": {"pairs": 1, "across_splits": 1, "first": [["x/1.png", "y/2.png"]]},
+        "data_digest": "5f" * 32,
+        "test_digest": "3c" * 32,
+    }
+    images = {name: [random.integers(0, 256, (size, size, 3), np.uint8) for _ in range(samples)] for name in names}
+    return summary, render_data_card(summary, manifest, images)
+
+
+def test_the_card_counts_what_the_manifest_holds():
+    summary, text = card(["a", "b", "c"])
+    figures = {name: int(value) for name, (value, _) in Page(text).figures.items()}
+    assert figures == {
+        **{f"counts.{split}": count for split, count in summary["counts"].items()},
+        "left_out": 3,
+        "left_out.truncated": 2,
+        "left_out.label conflict": 1,
+    }
+    assert re.search(r"<bdi>c</bdi>.*?>11<.*?>8<.*?>2<.*?>1<", text, re.DOTALL)
+    assert "the file ends after 212 bytes" in text
+    assert "RGB into BGR" in text
+    assert "every image is 8 × 8 pixels" in text
+
+
+def test_the_card_escapes_names_and_loads_nothing():
+    _, text = card(HOSTILE)
+    page = Page(text)
+    for name in HOSTILE:
+        assert page.text.count(name) >= 2
+    assert not {"script", "link", "iframe"} & {tag for tag, _ in page.elements}
+    assert all(attributes["src"].startswith("data:") for tag, attributes in page.elements if tag == "img")
+
+
+def test_the_card_of_many_classes_of_photographs_is_light():
+    _, text = card([f"class {i}" for i in range(1000)], size=48)
+    assert len(text.encode()) < LIMIT_BYTES
+    assert "The first 40 of 1,000 classes" in text
