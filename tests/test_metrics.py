@@ -65,18 +65,14 @@ def test_class_scores_of_a_tiny_matrix_and_of_empty_classes():
 @settings(max_examples=30, deadline=None)
 @given(
     st.integers(2, 6).flatmap(
-        lambda c: st.tuples(
-            st.just(c), st.lists(st.tuples(st.integers(0, c - 1), st.integers(0, c - 1)), min_size=1)
-        )
+        lambda c: st.tuples(st.just(c), st.lists(st.tuples(st.integers(0, c - 1), st.integers(0, c - 1)), min_size=1))
     )
 )
 def test_matrix_and_scores_equal_scikit_learn(case):
     classes, pairs = case
     targets, labels = np.array(pairs).T
     matrix = metrics.confusion_matrix(targets, labels, classes)
-    np.testing.assert_array_equal(
-        matrix, reference.confusion_matrix(targets, labels, labels=list(range(classes)))
-    )
+    np.testing.assert_array_equal(matrix, reference.confusion_matrix(targets, labels, labels=list(range(classes))))
     precision, recall, f1, images = reference.precision_recall_fscore_support(
         targets, labels, labels=list(range(classes)), zero_division=0
     )
