@@ -107,7 +107,7 @@ def export(candidate: Path, prepared: Path, out: Path, params: ExportParams) -> 
 def write_openvino(bundle: Bundle) -> None:
     """Convert the bundle's Keras model to OpenVINO's format, beside it."""
     bundle.openvino_file.parent.mkdir(parents=True, exist_ok=True)
-    load_keras_model(bundle).export(bundle.openvino_file, format="openvino", verbose=False)
+    load_keras_model(bundle).export(str(bundle.openvino_file), format="openvino", verbose=False)
 
 
 def main() -> None:

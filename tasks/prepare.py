@@ -137,10 +137,8 @@ def check_gates(manifest: pd.DataFrame, params: PrepareParams) -> None:
     """Stop before anything is trained on data that a broken pull or a wrong folder left behind.
 
     Raises:
-        NightlyError: no images, too many unreadable, a class too small, or classes other than expected.
+        NightlyError: too many unreadable images, a class too small, or classes other than expected.
     """
-    if manifest.empty:
-        raise NightlyError("the source holds no images: check download.source and what it points to")
     broken = manifest[~manifest.status.isin(["ok", "duplicate", "label_conflict"])]
     if len(broken) > params.maximum_unreadable_fraction * len(manifest):
         example = broken.iloc[0]
@@ -211,6 +209,8 @@ def prepare(raw: Path, additions: Path, out: Path, params: PrepareParams) -> Pre
     with publish_directory(out) as partial:
         scratch = partial / "pixels.bin"
         manifest = _decode_all(raw, additions, scratch, params.decode)
+        if manifest.empty:
+            raise NightlyError("the source holds no images: check download.source and what it points to")
         manifest = mark_duplicates(_assign(manifest, params))
         check_gates(manifest, params)
         classes = natsorted(set(manifest["class"]))
@@ -312,7 +312,7 @@ def _assign(manifest: pd.DataFrame, params: PrepareParams) -> pd.DataFrame:
             given = labels[name].split if origin == "source" else "addition"
             splits.append(split_of(content_hash, given, own_test, params))
         parts.append(group.assign(**{"class": [labels[name].class_name for name in group.name]}, split=splits))
-    return pd.concat(parts, ignore_index=True) if parts else manifest
+    return pd.concat(parts, ignore_index=True)
 
 
 def _write_split(folder: Path, pixels: np.ndarray, chosen: pd.DataFrame, classes: list[str]) -> None:

@@ -7,6 +7,8 @@ import io
 import json
 import os
 import re
+import subprocess
+import sys
 import tarfile
 import threading
 import time
@@ -154,6 +156,29 @@ def test_a_killed_run_is_continued_by_the_next(
     assert server.requests[-1].sent == len(archive) - 99_999
     assert delivered(out, archive)
     assert leftovers(partial) == []
+
+
+def test_kill_minus_nine_loses_almost_nothing(
+    server: MisbehavingServer, archive: bytes, paths: tuple[Path, Path], tmp_path: Path
+) -> None:
+    out, partial = paths
+    url = server.add("/a.tar", body=archive, drip_bytes=10_000, drip_seconds=0.03)
+    (tmp_path / "params.yaml").write_text(
+        f"download: {{source: folder, urls: [{url}], sha256: {sha256(archive)}, minimum_bytes_per_second: 0}}"
+    )
+    arguments = ["--out", str(out), "--params", str(tmp_path / "params.yaml"), "--partial", str(partial)]
+    child = subprocess.Popen([sys.executable, "-m", "tasks.download", *arguments])
+    deadline = time.monotonic() + 20
+    while not any(file.stat().st_size > 100_000 for file in partial.glob("*.partial")):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    child.kill()
+    child.wait()
+    assert not out.exists()
+    server.routes["/a.tar"].drip_bytes = None
+    download(out, params(url, sha256=sha256(archive)), partial)
+    assert int(server.requests[-1].range.removeprefix("bytes=").removesuffix("-")) > 100_000
+    assert delivered(out, archive)
 
 
 def test_a_complete_partial_needs_no_server(

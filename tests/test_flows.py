@@ -1,0 +1,279 @@
+"""The flows on a real Prefect server, with a miniature of the pipeline in place of the real stages."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from zoneinfo import ZoneInfo
+
+import pytest
+
+from flows.child import StageFailed
+from flows.settings import ServeParams
+from flows.workspace import Workspace, locked
+from tasks import promote as registry
+from tasks.errors import NightlyError
+from tests.miniature import Miniature
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="session")
+def server():
+    """One temporary Prefect server for all tests; yields its address."""
+    from prefect.settings import PREFECT_API_URL, PREFECT_SERVER_ALLOW_EPHEMERAL_MODE, temporary_settings
+    from prefect.testing.utilities import prefect_test_harness
+
+    import flows  # noqa: F401  telemetry off before Prefect is imported
+
+    with (
+        prefect_test_harness(server_startup_timeout=180),
+        temporary_settings({PREFECT_SERVER_ALLOW_EPHEMERAL_MODE: True}),
+    ):
+        from prefect.client.orchestration import get_client
+
+        with get_client(sync_client=True) as client:
+            url = str(client.api_url).rstrip("/")
+        with temporary_settings({PREFECT_API_URL: url}):
+            yield url
+
+
+@pytest.fixture
+def workspace(tmp_path, monkeypatch, server):
+    monkeypatch.chdir(tmp_path)
+    return Miniature(tmp_path)
+
+
+def retrain(task_count=6, **parameters):
+    """Run the flow; return its final state and the names and states of its ``task_count`` task runs in order."""
+    from prefect.client.orchestration import get_client
+    from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
+    from prefect.client.schemas.sorting import TaskRunSort
+
+    from flows.retrain import retrain as flow
+
+    state = flow(**parameters, return_state=True)
+    this_run = FlowRunFilter(id=FlowRunFilterId(any_=[state.state_details.flow_run_id]))
+    deadline = time.monotonic() + 20
+    with get_client(sync_client=True) as client:
+        while True:  # task runs reach the server through a stream of events, a little later
+            runs = client.read_task_runs(
+                flow_run_filter=this_run, sort=TaskRunSort.EXPECTED_START_TIME_ASC, limit=50, offset=0
+            )
+            if len(runs) >= task_count and all(run.state and run.state.is_final() for run in runs):
+                break
+            assert time.monotonic() < deadline, [(run.name, run.state_name) for run in runs]
+            time.sleep(0.1)
+    return state, [(run.name, run.state_name) for run in runs]
+
+
+def test_a_first_night_a_night_without_news_and_a_better_model(workspace):
+    from prefect.client.orchestration import get_client
+
+    workspace.incoming("a.png", "b.png")
+    state, tasks = retrain()
+    night = state.result()
+    assert tasks == [
+        ("download", "Completed"),
+        ("train", "Completed"),
+        ("evaluate", "Completed"),
+        ("judge", "Completed"),
+        ("promote", "Promoted"),
+        ("predict", "Completed"),
+    ]
+    assert night.champion == "m1"
+    assert night.headline.startswith("promoted: the first model")
+    assert (workspace.root / night.predictions.table).read_text() == "['a.png', 'b.png'] by m1"
+    assert (workspace.root / night.report).is_file()
+    assert (workspace.root / night.logs / "train.log").read_text().count("epoch 1") == 1
+    assert (workspace.root / "models" / "registry" / "m1.dvc").is_file()
+    with get_client(sync_client=True) as client:
+        run = client.read_flow_run(state.state_details.flow_run_id)
+        [artifact] = [
+            artifact
+            for artifact in client.read_artifacts()
+            if artifact.flow_run_id == run.id and artifact.key == "night"
+        ]
+    assert re.fullmatch(r"retrain 20\d\d-\d\d-\d\d \d\d:\d\d:\d\d", run.name)
+    assert "# Promoted: the first model" in artifact.data
+    assert "| accuracy | 90.00% | – |" in artifact.data
+    assert night.predictions.table in artifact.data
+
+    state, tasks = retrain()
+    assert tasks == [
+        ("download", "Cached"),
+        ("train", "Cached"),
+        ("evaluate", "Cached"),
+        ("judge", "Completed"),
+        ("promote", "Held"),
+        ("predict", "Completed"),
+    ]
+    assert state.result().headline == "held: m1 is the champion already"
+    assert len(registry.history(workspace.root / "models")) == 1
+
+    workspace.set(id="m2", accuracy=0.95)
+    state, tasks = retrain()
+    assert tasks[:3] == [("download", "Cached"), ("train", "Completed"), ("evaluate", "Completed")]
+    assert state.result().champion == "m2"
+    assert [entry.champion_before for entry in registry.history(workspace.root / "models")] == [None, "m1"]
+
+    workspace.set(id="m3", accuracy=0.94)
+    state, _ = retrain()
+    assert state.result().champion == "m2"
+    assert registry.history(workspace.root / "models")[-1].action == "hold"
+    assert not (workspace.root / "models" / "registry" / "m3").exists()
+
+
+def test_an_empty_incoming_folder_is_skipped_and_a_chosen_one_is_classified(workspace):
+    state, tasks = retrain()
+    assert tasks[-1] == ("predict", "Skipped")
+    assert state.result().predictions.note == "data/incoming holds no images"
+    (workspace.root / "album").mkdir()
+    (workspace.root / "album" / "x.png").touch()
+    state, tasks = retrain(predict=Path("album"))
+    assert tasks[-1] == ("predict", "Completed")
+    assert state.result().predictions.note == "1 of 1 files in album classified with openvino"
+
+
+def test_force_runs_every_stage(workspace):
+    retrain()
+    _, tasks = retrain(force=True)
+    assert tasks[:3] == [("download", "Completed"), ("train", "Completed"), ("evaluate", "Completed")]
+
+
+def test_a_failing_stage_fails_the_run_in_its_own_words_and_nothing_is_promoted(workspace, capsys):
+    workspace.set(accuracy=None)
+    state, tasks = retrain(task_count=2)
+    assert tasks == [("download", "Completed"), ("train", "Failed")]
+    assert state.is_failed()
+    assert "StageFailed: train: train.learning_rate is too large: the loss is not finite (log: " in state.message
+    with pytest.raises(StageFailed, match="learning_rate is too large"):
+        state.result()
+    assert "Traceback" not in capsys.readouterr().err
+    assert registry.champion_id(workspace.root / "models") is None
+
+
+def test_the_download_is_tried_again_and_nothing_else_is(workspace):
+    (workspace.root / "failures").write_text("2")
+    state, tasks = retrain()
+    assert state.is_completed()
+    assert tasks[0] == ("download", "Completed")
+    assert (workspace.root / "failures").read_text() == "0"
+
+
+def test_a_wrong_parameter_is_found_before_any_stage_runs(workspace):
+    (workspace.root / "params.yaml").write_text("retrain: {minimum_gian: 0.1}")
+    state, tasks = retrain(task_count=0)
+    assert tasks == []
+    assert "unknown key 'retrain.minimum_gian', did you mean 'minimum_gain'?" in state.message
+
+
+def test_a_second_retraining_is_skipped_and_says_who_is_at_work(workspace):
+    with locked(Workspace(workspace.root), "nightly retrain"):
+        state, tasks = retrain(task_count=0)
+    assert (state.name, tasks) == ("Skipped", [])
+    assert f"busy: 'nightly retrain' (process {os.getpid()} on" in state.message
+
+
+def test_when_the_test_set_changes_the_champion_is_measured_on_the_new_one(workspace):
+    retrain()
+    workspace.set(id="m2", accuracy=0.85, test_digest="t2", champion_accuracy=0.8)
+    state, _ = retrain()
+    judgement = state.result().judgement
+    assert judgement.verdict.reasons == ["better than the champion on the frozen test set by 5.00 points"]
+    assert (judgement.champion["model_id"], judgement.champion["accuracy"]) == ("m1", 0.8)
+
+
+def test_a_champion_that_can_not_be_measured_anew_stays(workspace):
+    retrain()
+    workspace.set(id="m2", accuracy=0.99, test_digest="t2", champion_accuracy=None)
+    state, _ = retrain()
+    assert state.result().champion == "m1"
+    assert "measured on another test set" in state.result().headline
+    assert "nightly promote m2" in state.result().headline
+
+
+def test_a_night_that_is_long_overdue_is_skipped(workspace):
+    from prefect.client.orchestration import get_client
+    from prefect.flow_engine import run_flow
+    from prefect.states import Scheduled
+
+    from flows.retrain import retrain as flow
+
+    due = datetime.now(UTC) - timedelta(hours=30)
+    with get_client(sync_client=True) as client:
+        run = client.create_flow_run(flow, state=Scheduled(scheduled_time=due))
+    state = run_flow(flow, flow_run=run, parameters={}, return_type="state")
+    assert state.name == "Skipped"
+    assert state.message.startswith("this run was due 30 h 0 min ago")
+
+
+def test_stopping_the_flow_stops_the_training_and_frees_the_workspace(workspace, server):
+    workspace.set(seconds=600)
+    program = "from flows.retrain import retrain; retrain()"
+    with subprocess.Popen(
+        [sys.executable, "-c", program],
+        cwd=workspace.root,
+        env={**os.environ, "PREFECT_API_URL": server},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        for line in process.stderr:
+            if "epoch 1" in line:
+                break
+        process.send_signal(signal.SIGTERM)
+        process.stderr.read()
+    assert process.returncode != 0
+    with locked(Workspace(workspace.root), "nightly retrain"):
+        pass
+    command_lines = [path.read_bytes() for path in Path("/proc").glob("[0-9]*/cmdline") if os.access(path, os.R_OK)]
+    assert not any(b"work.py\x00train" in line for line in command_lines)
+
+
+# --- serve
+
+
+def test_the_schedule_stands_on_the_server_and_stays_active(workspace):
+    from prefect.client.orchestration import get_client
+
+    from flows import serve
+
+    params = ServeParams(cron="30 3 * * *", timezone="Europe/Madrid")
+    runner, deployment_id = serve.register(params)
+    serve.require_active(deployment_id, params)
+    assert runner.pause_on_shutdown is False
+    with get_client(sync_client=True) as client:
+        deployment = client.read_deployment(deployment_id)
+        assert deployment.entrypoint == "flows.retrain.retrain"
+        client.pause_deployment(deployment_id)
+    with pytest.raises(NightlyError, match=r"the server did not take the schedule '30 3 .*: it is paused"):
+        serve.require_active(deployment_id, params)
+    _, again = serve.register(params)
+    assert again == deployment_id
+    serve.require_active(again, params)
+
+
+def test_the_hour_stays_the_same_when_the_clocks_change():
+    from flows.serve import fire_times
+
+    params = ServeParams(cron="0 2 * * *", timezone="Europe/Madrid")
+    # The night of 29 March 2026 has no 2:00 in Madrid.
+    times = fire_times(params, 4, datetime(2026, 3, 27, 12, tzinfo=ZoneInfo("Europe/Madrid")))
+    assert [f"{time:%d %H}" for time in (times[0], times[2], times[3])] == ["28 02", "30 02", "31 02"]
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"cron": "at two"}, "must be five cron fields"),
+        ({"timezone": "Europe/Madird"}, "must be an IANA time zone such as 'Europe/Madrid'"),
+    ],
+)
+def test_a_wrong_schedule_is_refused(values, message):
+    with pytest.raises(ValueError, match=message):
+        ServeParams(**values)
