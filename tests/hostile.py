@@ -77,6 +77,33 @@ def many_scans(count: int) -> bytes:
     return jpeg[:last] + jpeg[last:-2] * count + jpeg[-2:]
 
 
+def with_size(jpeg: bytes, width: int, height: int) -> bytes:
+    """Return the JPEG with other figures in its frame header."""
+    start = jpeg.index(b"\xff\xc0") + 5
+    return jpeg[:start] + struct.pack(">HH", height, width) + jpeg[start + 4 :]
+
+
+def huge_gif() -> bytes:
+    """Return a GIF whose only frame claims 65,535 × 65,535 pixels and wants them cleared afterwards."""
+    screen = b"GIF89a" + struct.pack("<HHBBB", 9, 9, 0, 0, 0)
+    control = b"!\xf9\4" + struct.pack("<BHBB", 2 << 2, 0, 0, 0)
+    return screen + control + b"," + struct.pack("<HHHHB", 0, 0, 65_535, 65_535, 0) + b"\2\2\x4c\1\0;"
+
+
+def huge_webp() -> bytes:
+    """Return a lossless WebP that claims 16,384 × 16,384 pixels."""
+    webp = encoded(photo(), "WEBP", lossless=True)
+    return webp[:21] + struct.pack("<I", 16_383 | 16_383 << 14) + webp[25:]
+
+
+def huge_tiff() -> bytes:
+    """Return a TIFF that claims 40,000 × 40,000 pixels."""
+    tiff = encoded(photo(), "TIFF")
+    for tag, value in ((0x0100, WIDTH), (0x0101, HEIGHT)):
+        tiff = tiff.replace(struct.pack("<HHII", tag, 4, 1, value), struct.pack("<HHII", tag, 4, 1, 40_000))
+    return tiff
+
+
 def half_transparent() -> Image.Image:
     """Return RGBA whose left half is opaque and whose right half is not there."""
     image = photo().convert("RGBA")
@@ -95,11 +122,12 @@ def hostile_images() -> dict[str, tuple[bytes, Status]]:
     rgb, gray, alpha = photo(), photo().convert("L"), half_transparent()
     palette = rgb.quantize(16)
     jpeg, flat_png = encoded(rgb, "JPEG", quality=90), encoded(rgb, "PNG")
+    large, progressive = (encoded(photo(200, 150), "JPEG", progressive=how) for how in (False, True))
     deep = Image.fromarray(np.asarray(gray).astype(np.uint16) * 257)
+    lzw = encoded(rgb, "TIFF", compression="tiff_lzw")
     text = PngImagePlugin.PngInfo()
     text.add_text("comment", "x" * 3_000_000, zip=True)
     heic = struct.pack(">I4s4sI4s4s", 24, b"ftyp", b"heic", 0, b"mif1", b"heic") + bytes(64)
-    bomb = png(30_000, 30_000, 8, 2, b"")
     good = {
         "gray.jpg": encoded(gray, "JPEG"),
         "rgb.jpg": jpeg,
@@ -117,7 +145,6 @@ def hostile_images() -> dict[str, tuple[bytes, Status]]:
         "damaged-scan.jpg": jpeg[:-60] + bytes(range(1, 59)) + jpeg[-2:],
         "rgb.png": flat_png,
         "gray.png": encoded(gray, "PNG"),
-        "interlaced.png": png(1, 1, 8, 2, b"\0\1\2\3")[:28] + b"",
         "bilevel.png": encoded(rgb.convert("1"), "PNG"),
         "palette.png": encoded(palette, "PNG"),
         "palette-transparent.png": encoded(palette, "PNG", transparency=3),
@@ -141,7 +168,7 @@ def hostile_images() -> dict[str, tuple[bytes, Status]]:
         "rgb.bmp": encoded(rgb, "BMP"),
         "palette.bmp": encoded(palette, "BMP"),
         "rgb.tif": encoded(rgb, "TIFF"),
-        "lzw.tif": encoded(rgb, "TIFF", compression="tiff_lzw"),
+        "lzw.tif": lzw,
         "jpeg.tif": encoded(rgb, "TIFF", compression="jpeg"),
         "fax.tif": encoded(rgb.convert("1"), "TIFF", compression="group4"),
         "cmyk.tif": encoded(rgb.convert("CMYK"), "TIFF"),
@@ -162,7 +189,6 @@ def hostile_images() -> dict[str, tuple[bytes, Status]]:
         "no-extension": jpeg,
         "grüße 🐈.jpg": jpeg,
     }
-    del good["interlaced.png"]
     bad = {
         Status.EMPTY: {"empty.jpg": b""},
         Status.NOT_AN_IMAGE: {
@@ -197,9 +223,10 @@ def hostile_images() -> dict[str, tuple[bytes, Status]]:
             "apple-crushed.png": flat_png[:8] + png_chunk(b"CgBI", bytes(4)) + flat_png[8:],
         },
         Status.TRUNCATED: {
-            "half.jpg": jpeg[: len(jpeg) // 2],
+            "half.jpg": large[: len(large) // 2],
+            "half-progressive.jpg": progressive[: len(progressive) // 2],
             "no-end-marker.jpg": jpeg[:-2],
-            "zero-filled.jpg": jpeg[: len(jpeg) // 2] + bytes(len(jpeg) // 2),
+            "zero-filled.jpg": large[: len(large) // 2] + bytes(len(large) // 2),
             "header-only.jpg": jpeg[:20],
             "magic-only.jpg": b"\xff\xd8\xff\xe0",
             "junk-after-magic.jpg": b"\xff\xd8\xff" + b"junk" * 50,
@@ -214,25 +241,22 @@ def hostile_images() -> dict[str, tuple[bytes, Status]]:
             "half.webp": encoded(rgb, "WEBP")[:60],
             "half.bmp": encoded(rgb, "BMP")[:900],
             "half.tif": encoded(rgb, "TIFF")[:900],
+            "damaged-lzw.tif": lzw[:600] + b"junk" * 9 + lzw[636:],
             "half.ppm": encoded(rgb, "PPM")[:900],
             "half.avif": encoded(rgb, "AVIF")[:300],
             "half.jp2": encoded(rgb, "JPEG2000")[:300],
         },
         Status.TOO_LARGE: {
-            "bomb.png": bomb,
-            "bomb.gif": b"GIF89a" + struct.pack("<HHBBB", 65_535, 65_535, 0, 0, 0) + b";",
-            "bomb.bmp": encoded(rgb, "BMP")[:18] + struct.pack("<ii", 40_000, 40_000) + bytes(40),
+            "bomb.png": png(30_000, 30_000, 8, 2, b""),
+            "bomb.gif": huge_gif(),
+            "bomb.bmp": encoded(rgb, "BMP")[:18] + struct.pack("<ii", 40_000, 40_000) + encoded(rgb, "BMP")[26:],
+            "bomb.webp": huge_webp(),
+            "bomb.tif": huge_tiff(),
             "bomb.ppm": b"P6 60000 60000 255\n" + bytes(30),
-            "bomb.jpg": _resized_jpeg(jpeg, 65_000, 65_000),
+            "bomb.jpg": with_size(jpeg, 65_000, 65_000),
         },
     }
     files = {name: (data, Status.OK) for name, data in good.items()}
     for status, group in bad.items():
         files.update({name: (data, status) for name, data in group.items()})
     return files
-
-
-def _resized_jpeg(jpeg: bytes, width: int, height: int) -> bytes:
-    """Return the JPEG with other figures in its frame header."""
-    start = jpeg.index(b"\xff\xc0") + 5
-    return jpeg[:start] + struct.pack(">HH", height, width) + jpeg[start + 4 :]
