@@ -1,5 +1,6 @@
 """The network: uint8 pixels, normalization, upsampling, a ResNet50 backbone, a head, class probabilities."""
 
+import warnings
 from pathlib import Path
 from typing import Any, Literal
 
@@ -121,11 +122,13 @@ def _load_weights(backbone: Any, params: ModelParams) -> None:
     if params.weights_sha256 and (digest := sha256_file(path)) != params.weights_sha256:
         raise NightlyError(f"model.weights_sha256 is {params.weights_sha256}, but {path} has {digest}")
     try:
-        if path.suffix == ".keras":
-            backbone.set_weights(keras.saving.load_model(path, compile=False, safe_mode=True).get_weights())
-        else:
-            backbone.load_weights(path)
-    except (ValueError, OSError, KeyError) as error:
+        # Keras only warns about layers that the file does not hold, and leaves them at random.
+        with warnings.catch_warnings(action="error", category=UserWarning):
+            if path.suffix == ".keras":
+                backbone.set_weights(keras.saving.load_model(path, compile=False, safe_mode=True).get_weights())
+            else:
+                backbone.load_weights(path)
+    except (ValueError, OSError, KeyError, UserWarning) as error:
         raise NightlyError(
             f"model.weights: {path} does not fit {params.backbone} without its top: {str(error).splitlines()[0]}"
         ) from None

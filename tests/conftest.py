@@ -8,10 +8,11 @@ os.environ.setdefault("DVC_NO_ANALYTICS", "1")
 os.environ.setdefault("DO_NOT_TRACK", "1")
 os.environ.setdefault("NO_COLOR", "1")
 
-
 import io
 import json
 import tarfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -55,8 +56,8 @@ def prepared(raw: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-@pytest.fixture(scope="session")
-def tiny_backbone():
+@contextmanager
+def small_network() -> Iterator[None]:
     """Put one small convolution where ResNet50 stands, so that training takes seconds."""
     import tasks.classifier
 
@@ -73,6 +74,13 @@ def tiny_backbone():
         yield
 
 
+@pytest.fixture
+def tiny_backbone() -> Iterator[None]:
+    """``small_network`` for the length of a test."""
+    with small_network():
+        yield
+
+
 @pytest.fixture(scope="session")
 def augmented(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What training wants to see of the augment stage."""
@@ -82,7 +90,7 @@ def augmented(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def candidate(prepared: Path, augmented: Path, tiny_backbone: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def candidate(prepared: Path, augmented: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The train stage's output: a small network trained on the three colors."""
     from tasks.augment import AugmentParams
     from tasks.classifier import ModelParams
@@ -90,7 +98,9 @@ def candidate(prepared: Path, augmented: Path, tiny_backbone: None, tmp_path_fac
 
     out = tmp_path_factory.mktemp("candidate") / "candidate"
     model = ModelParams(batch_normalization_momentum=0.5)
-    train(prepared, augmented, out, TrainParams(epochs=8, batch_size=16, learning_rate=0.03), model, AugmentParams())
+    params = TrainParams(epochs=8, batch_size=16, learning_rate=0.03)
+    with small_network():
+        train(prepared, augmented, out, params, model, AugmentParams())
     return out
 
 

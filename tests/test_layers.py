@@ -237,14 +237,18 @@ def test_positions_are_uniform_given_the_size(layers):
     assert chisquare(list(seen.values())).pvalue > ALPHA
 
 
+@pytest.mark.parametrize("p", [1.0, 0.5])
 @pytest.mark.parametrize(("height", "width"), [(32, 32), (8, 8), (13, 30)])
-def test_drawn_sizes_follow_the_table(layers, height, width):
-    layer = layers.RandomErasing(p=1.0, seed=9)
+def test_drawn_sizes_follow_the_table_whether_or_not_all_are_erased(layers, height, width, p):
+    count = 200_000
+    layer = layers.RandomErasing(p=p, seed=9)
     layer.build((None, height, width, 3))
-    top, left, h, w = (np.asarray(side)[:, 0] for side in layer.draw_rectangles(200_000, height, width))
+    top, left, h, w = (np.asarray(side)[:, 0] for side in layer.draw_rectangles(count, height, width))
     seen = np.zeros((height + 1, width + 1))
-    np.add.at(seen, (h, w), 1)
-    expected = 200_000 * layers.rectangle_law(height, width, 0.02, 0.4, 0.3, 1 / 0.3)
+    np.add.at(seen, (h, np.where(h > 0, w, 0)), 1)
+    expected = count * p * layers.rectangle_law(height, width, 0.02, 0.4, 0.3, 1 / 0.3)
+    # Height 0: an empty rectangle, or an image that is not erased.
+    expected[0] = [count * (1 - p) + expected[0].sum(), *[0] * width]
     assert not seen[expected == 0].any()
     common = expected >= 5
     observed = np.append(seen[common], seen[~common].sum() + 1e-9)

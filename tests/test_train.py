@@ -62,7 +62,7 @@ def test_cosine_rises_through_the_warmup_and_falls_to_zero():
 def test_every_optimizer_gets_its_settings(name):
     params = TrainParams(optimizer=name, learning_rate=0.02, schedule="constant", weight_decay=0.01)
     optimizer = make_optimizer(params, 10)
-    assert optimizer.name == name
+    assert type(optimizer).__name__.lower() == name
     assert float(optimizer.learning_rate) == pytest.approx(0.02)
     assert optimizer.weight_decay == 0.01
     if name == "sgd":
@@ -149,6 +149,7 @@ def test_mixed_precision_trains_and_saves_float32(prepared, augmented, tiny_back
     assert keras.config.dtype_policy().name == "float32", "the policy of this process is put back"
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_model(prepared, augmented, tiny_backbone, tmp_path):
     ids = []
     for name, seed in (("a", 5), ("b", 5), ("c", 6)):
