@@ -353,9 +353,9 @@ def _orientation(exif: bytes) -> int:
 def _pixels(image: Image.Image, policy: DecodePolicy) -> np.ndarray:
     """Decode to uint8 (H, W, 3) RGB, a JPEG at reduced scale where it stays twice the target's size.
 
-    libjpeg's halves, quarters and eighths are no area averages. Against a full decode followed by INTER_AREA, what is
-    reduced to at least twice the target differs by about 1 of 255 levels on average on photographs; reduced to just
-    above the target it would be 3 to 5. Which scale depends on the header and the policy alone.
+    libjpeg's halves, quarters and eighths are no area averages. On photographs, what is reduced to at least twice the
+    target differs from a full decode and INTER_AREA by 0.3 to 2 of 255 levels on average; reduced to no less than the
+    target, by up to 4. The scale depends on the header and the policy alone.
     """
     whole = None
     if image.format == "JPEG" and (draft := image.draft(None, (2 * policy.size, 2 * policy.size))):

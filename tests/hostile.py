@@ -64,6 +64,15 @@ def without_adobe(jpeg: bytes) -> bytes:
     return jpeg[:start] + jpeg[start + 2 + int.from_bytes(jpeg[start + 2 : start + 4]) :]
 
 
+def ycck() -> bytes:
+    """Return the photo as a JPEG of YCCK samples, which Pillow cannot write: relabeled CMYK."""
+    y, cb, cr = (255 - np.asarray(band) for band in photo().point(lambda value: 255 - value).convert("YCbCr").split())
+    inks = Image.merge("CMYK", [Image.fromarray(band) for band in (y, cb, cr, np.zeros_like(y))])
+    jpeg = bytearray(encoded(inks, "JPEG", quality=95))
+    jpeg[jpeg.index(b"Adobe") + 11] = 2
+    return bytes(jpeg)
+
+
 def animation(form: str, **options: object) -> bytes:
     """Return three frames, of which the first is the photo."""
     frames = [photo(), photo().transpose(Image.Transpose.ROTATE_180), photo().convert("L").convert("RGB")]

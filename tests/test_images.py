@@ -36,6 +36,7 @@ from tests.hostile import (
     with_segment,
     with_size,
     without_adobe,
+    ycck,
 )
 
 FILES = hostile_images()
@@ -95,7 +96,7 @@ def test_nothing_is_written_to_stderr_or_the_log(capfd: pytest.CaptureFixture, c
     assert caplog.text == ""
 
 
-@pytest.mark.parametrize("name", [name for name in FILES if "photo" in name or name in ("rgb.jpg", "rotated.jpg")])
+@pytest.mark.parametrize("name", ["rgb.jpg", "rgb.png", "rotated.jpg", "two-pictures.mpo.jpg"])
 def test_width_and_height_are_those_of_the_upright_image(name: str):
     outcome = decode(FILES[name][0], DecodePolicy(size=2))
     assert (outcome.width, outcome.height) == ((HEIGHT, WIDTH) if name == "rotated.jpg" else (WIDTH, HEIGHT))
@@ -129,10 +130,9 @@ def test_orientation_is_undone_exactly(orientation: int, order: str):
         outcome = decode(data, POLICY)
         assert (outcome.width, outcome.height) == (WIDTH, HEIGHT), name
         np.testing.assert_array_equal(outcome.pixels, fit(upright, POLICY), err_msg=name)
-    jpeg = encoded(stored, "JPEG", quality=95, subsampling=0, exif=exif)
-    assert np.abs(decoded(jpeg) - fit(upright, POLICY)).max() <= 6
-    avif = encoded(stored, "AVIF", quality=100, exif=exif)
-    assert np.abs(decoded(avif) - fit(upright, POLICY)).max() <= 6
+    lossy = {"jpeg": encoded(stored, "JPEG", quality=95, exif=exif), "avif": encoded(stored, "AVIF", exif=exif)}
+    for name, data in lossy.items():
+        assert np.abs(decoded(data) - fit(upright, POLICY)).mean() <= 4, name
 
 
 def test_orientation_after_the_image_data_of_a_png_counts():
@@ -230,15 +230,6 @@ def test_a_transparent_color_of_any_depth(depth: int, color: int, row: bytes, ke
     assert pixels[0, 0].tolist() != [99, 98, 97]
 
 
-def ycck() -> bytes:
-    """Return the photo as a JPEG of YCCK samples, which Pillow cannot write: relabeled CMYK."""
-    y, cb, cr = (255 - np.asarray(band) for band in photo().point(lambda value: 255 - value).convert("YCbCr").split())
-    inks = Image.merge("CMYK", [Image.fromarray(band) for band in (y, cb, cr, np.zeros_like(y))])
-    jpeg = bytearray(encoded(inks, "JPEG", quality=95))
-    jpeg[jpeg.index(b"Adobe") + 11] = 2
-    return bytes(jpeg)
-
-
 @pytest.mark.parametrize(
     "data",
     [
@@ -311,11 +302,10 @@ def test_reduced_decoding_stays_close_to_full(monkeypatch, width: int, height: i
     data = encoded(photo(width, height).convert(form), "JPEG", quality=90)
     whole = expected(Image.open(io.BytesIO(data)), DecodePolicy(size=size))
     difference = np.abs(decoded(data, DecodePolicy(size=size)) - whole)
-    assert difference.mean() <= 1
-    assert difference.max() <= 4
-    reduced = min(seen[0][:2])
-    assert reduced >= 2 * size
-    assert reduced < 4 * size + 8 or max(width, height) // 8 <= max(seen[0])
+    assert difference.mean() <= 1.5
+    assert difference.max() <= 14
+    scale = max(scale for scale in (1, 2, 4, 8) if scale * 2 * size <= min(width, height))
+    assert seen == [(round(height / scale), round(width / scale), 3)]
 
 
 def test_bombs_cost_no_time_and_no_memory():
