@@ -58,12 +58,11 @@ def stage_names(root: Path) -> list[str]:
     return names
 
 
-def stale_stages(root: Path, patience_seconds: float = 0.0, emit: Emit = print) -> set[str]:
-    """Return the stages whose inputs, command or outputs differ from ``dvc.lock``.
+def stale_stages(root: Path, names: list[str], patience_seconds: float = 0.0, emit: Emit = print) -> set[str]:
+    """Return those of the stages ``names`` whose inputs, command or outputs differ from ``dvc.lock``.
 
     A stage that only depends on such a one is not among them.
     """
-    names = stage_names(root)
     status = _patiently(lambda: _dvc(root, "status", "--json", *names), patience_seconds, emit)
     return set(json.loads(status or "{}")) & set(names)
 

@@ -14,37 +14,42 @@ ORCHESTRATION = {"prefect", "dvc", "flows"}
 NEEDS_KERAS = {"layers"}
 
 
-def loaded_by(module: str, suspects: set[str]) -> set[str]:
-    """Return which of ``suspects`` a fresh interpreter has loaded after importing ``module``."""
-    program = f"import sys, {module}; print(*({suspects!r} & set(sys.modules)))"
-    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
-    return set(done.stdout.split())
+def modules_of(package: str) -> list[str]:
+    names = (path.stem for path in (ROOT / package).glob("[!_]*.py"))
+    return sorted(f"{package}.{name}" for name in names if name not in NEEDS_KERAS)
 
 
-@pytest.mark.parametrize("module", sorted(f"flows.{path.stem}" for path in (ROOT / "flows").glob("[!_]*.py")))
-def test_flows_load_no_deep_learning_library(module):
-    assert loaded_by(module, DEEP_LEARNING) == set()
-
-
-def test_validating_all_parameters_loads_none_either():
-    program = (
-        "import sys; from pathlib import Path; from flows.settings import read_settings\n"
-        "read_settings(Path('params.yaml'))\n"
-        f"print(*({DEEP_LEARNING!r} & set(sys.modules)))"
+def first_offender(program: str, suspects: set[str]) -> str:
+    """Run lines of Python in a fresh interpreter; return the first one after which a suspect is loaded."""
+    watched = (
+        "import sys\n"
+        f"for line in {program.splitlines()!r}:\n"
+        "    exec(line)\n"
+        f"    if found := {suspects!r} & set(sys.modules):\n"
+        "        sys.exit(f'{line} loads {sorted(found)}')\n"
     )
-    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert done.stdout.split() == []
+    done = subprocess.run([sys.executable, "-c", watched], cwd=ROOT, capture_output=True, text=True, check=False)
+    return done.stderr
 
 
-@pytest.mark.parametrize(
-    "module", sorted(f"tasks.{path.stem}" for path in (ROOT / "tasks").glob("[!_]*.py") if path.stem not in NEEDS_KERAS)
-)
-def test_tasks_load_neither_orchestration_nor_deep_learning(module):
-    assert loaded_by(module, DEEP_LEARNING | ORCHESTRATION) == set()
+def test_flows_load_no_deep_learning_library_even_to_validate_all_parameters():
+    program = [f"import {module}" for module in modules_of("flows")]
+    program += ["import pathlib", "flows.settings.read_settings(pathlib.Path('params.yaml'))"]
+    assert first_offender("\n".join(program), DEEP_LEARNING) == ""
+
+
+def test_tasks_load_neither_orchestration_nor_deep_learning():
+    program = "\n".join(f"import {module}" for module in modules_of("tasks"))
+    assert first_offender(program, DEEP_LEARNING | ORCHESTRATION) == ""
 
 
 def test_the_command_line_loads_nothing_heavy():
-    assert loaded_by("flows.cli", DEEP_LEARNING | {"prefect", "dvc", "numpy", "pandas", "pyarrow", "cv2"}) == set()
+    heavy = DEEP_LEARNING | {"prefect", "dvc", "numpy", "pandas", "pyarrow", "cv2"}
+    assert first_offender("import flows.cli", heavy) == ""
+
+
+def test_an_offender_is_named():
+    assert "import json loads ['json']" in first_offender("import os\nimport json", {"json"})
 
 
 # --- the contract itself

@@ -1,0 +1,119 @@
+"""What ``tasks.promote`` decides and writes, with DVC's care of the registry round it. No Prefect in here."""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from flows import child, stages
+from flows.child import StageFailed
+from flows.settings import RetrainParams
+from flows.stages import Emit
+from flows.workspace import Workspace
+from tasks import promote as registry
+from tasks.errors import NightlyError
+from tasks.files import read_json
+from tasks.promote import Entry, Metrics, Verdict
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """A verdict and the two sets of metrics that it rests on."""
+
+    verdict: Verdict
+    challenger: Metrics
+    champion: Metrics | None
+
+
+def judge_exported(workspace: Workspace, rules: RetrainParams, log: Path, emit: Emit) -> Judgement:
+    """Judge ``models/exported`` against the champion, measuring that one anew if the test set has changed."""
+    challenger = registry.read_metrics(workspace.evaluation)
+    champion_id = registry.champion_id(workspace.models)
+    champion = None
+    if champion_id is not None:
+        path = _present(workspace, champion_id)
+        champion = registry.read_metrics(path / "evaluation")
+        same_classes = set(champion["per_class"]) == set(challenger["per_class"])
+        if same_classes and champion["test_digest"] != challenger["test_digest"]:
+            champion = _measured_anew(workspace, path, challenger["test_digest"], log, emit) or champion
+    return Judgement(
+        registry.judge(challenger, champion, rules.minimum_gain, rules.accuracy_floor), challenger, champion
+    )
+
+
+def carry_out(workspace: Workspace, judgement: Judgement, patience_seconds: float, emit: Emit) -> None:
+    """Promote or hold the model in ``models/exported``, as judged.
+
+    Holding the champion itself is no decision, so the ledger does not hear of nights without news.
+    """
+    if judgement.verdict.action == "promote":
+        _register(workspace, patience_seconds, emit)
+        registry.promote(workspace.models, judgement.challenger["model_id"], judgement.verdict, judgement.champion)
+    elif judgement.challenger["model_id"] != registry.champion_id(workspace.models):
+        digest = read_json(workspace.exported / "bundle.json")["data_digest"]
+        registry.hold(workspace.models, judgement.verdict, judgement.challenger, judgement.champion, digest)
+
+
+def promote_by_hand(workspace: Workspace, model_id: str, reason: str, emit: Emit) -> Entry:
+    """Put a registered model, or the last exported one, in service whatever its accuracy.
+
+    Raises:
+        NightlyError: it is in service already, or there is no such model.
+    """
+    if registry.champion_id(workspace.models) == model_id:
+        raise NightlyError(f"{model_id} is the champion already")
+    if model_id not in registry.registered(workspace.models) and _exported_id(workspace) == model_id:
+        _register(workspace, 0.0, emit)
+    _present(workspace, model_id)
+    return registry.promote(workspace.models, model_id, Verdict("promote", [reason]))
+
+
+def roll_back(workspace: Workspace, model_id: str | None, reason: str) -> Entry:
+    """Put ``model_id`` (None: the champion's predecessor) back in service, fetching it if it was pruned."""
+    target = model_id or registry.rollback_target(workspace.models)
+    if _current(workspace) == target:
+        raise NightlyError(f"{target} is the champion already")
+    _present(workspace, target)
+    return registry.rollback(workspace.models, target, reason)
+
+
+def _current(workspace: Workspace) -> str | None:
+    try:
+        return registry.champion_id(workspace.models)
+    except NightlyError:  # damaged: a rollback to a named model mends it
+        return None
+
+
+def _exported_id(workspace: Workspace) -> str | None:
+    facts = workspace.exported / "bundle.json"
+    return read_json(facts)["id"] if facts.is_file() else None
+
+
+def _register(workspace: Workspace, patience_seconds: float, emit: Emit) -> None:
+    model_id = registry.register(workspace.exported, workspace.evaluation, workspace.registry)
+    stages.track(workspace.root, workspace.registry / model_id, patience_seconds, emit)
+
+
+def _present(workspace: Workspace, model_id: str) -> Path:
+    """Return a registered model's directory, fetched from DVC's storage if it was pruned."""
+    path = workspace.registry / model_id
+    if not path.is_dir() and path.with_name(f"{model_id}.dvc").is_file():
+        stages.fetch(workspace.root, path)
+    return registry.registered_path(workspace.models, model_id)
+
+
+def _measured_anew(workspace: Workspace, path: Path, test_digest: str, log: Path, emit: Emit) -> Metrics | None:
+    """Return the champion's metrics on today's test set, None if it can't be measured on it."""
+    out = workspace.state / "champion-evaluation"
+    if (out / "metrics.json").is_file():
+        known = read_json(out / "metrics.json")
+        if (known["model_id"], known["test_digest"]) == (path.name, test_digest):
+            return known
+    emit(f"the test set has changed: measuring the champion {path.name} on it")
+    command = [sys.executable, "-m", "tasks.evaluate", "--exported", str(path), "--prepared", str(workspace.prepared)]
+    command += ["--out", str(out), "--params", str(workspace.params)]
+    try:
+        child.run(command, name="judge", root=workspace.root, log=log, emit=emit)
+    except StageFailed as failure:
+        emit(f"the champion can't be measured on it: {failure}")
+        return None
+    return registry.read_metrics(out)

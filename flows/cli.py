@@ -1,0 +1,300 @@
+"""The command line. Each command is a thin wrapper; heavy imports stand inside, so that --help is quick."""
+
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from tasks.errors import NightlyError, describe
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from tasks.promote import Entry
+
+#: Exit code of a command that did nothing because another one is at work (sysexits.h: try again later).
+EX_TEMPFAIL = 75
+
+app = typer.Typer(
+    name="nightly",
+    help="Retrain an image classifier every night, keep the better model in service, classify folders with it.",
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+@app.command(epilog="Example: nightly configure digits")
+def configure(
+    preset: Annotated[str | None, typer.Argument(metavar="PRESET", help="A file in presets/, without .yaml.")] = None,
+    show: Annotated[bool, typer.Option("--list", help="Show the presets and change nothing.")] = False,
+) -> None:
+    """Put a preset in place as params.yaml and show what that changes."""
+    from rich.table import Table
+
+    from flows import configure as presets
+    from flows.workspace import find_workspace
+
+    workspace, console = find_workspace(), _console()
+    if show or preset is None:
+        for name in presets.preset_names(workspace):
+            console.print(presets.preset_summary(workspace, name) or name, soft_wrap=True, highlight=False)
+        if not show:
+            raise NightlyError("name a preset: nightly configure PRESET")
+        return
+    done = presets.configure(workspace, preset)
+    if done.changes:
+        table = Table("parameter", "before", "now", box=None, header_style="bold", pad_edge=False)
+        for change in done.changes:
+            table.add_row(change.key, change.before or "default", change.after or "default")
+        console.print(table)
+    console.print(f"params.yaml is preset {preset}" + ("" if done.changes else " already, in content"), highlight=False)
+    if done.backup:
+        console.print(f"your own edits are kept in {done.backup.name}", highlight=False)
+
+
+@app.command(epilog="Example: nightly retrain --predict data/prepared/examples")
+def retrain(
+    predict: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Folder to classify at the end.", show_default="data/incoming")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Run every stage, also what is up to date.")] = False,
+) -> None:
+    """Retrain on what has changed, promote the model if it is better, classify a folder.
+
+    Exit code 75: another retraining is at work, nothing was done.
+    """
+    from flows.console import calm_format, calm_handlers
+    from flows.workspace import find_workspace
+
+    workspace = find_workspace()
+    folder = predict.resolve() if predict else None
+    # Stages, DVC and the flow itself live at the root, wherever in the workspace this was typed.
+    os.chdir(workspace.root)
+    calm_format()
+
+    from flows import retrain as flows_retrain
+    from flows.summary import print_night
+
+    calm_handlers()
+    _announce_server()
+    state = flows_retrain.retrain(predict=folder, force=force, return_state=True)
+    night = state.result()
+    if state.name == "Skipped":
+        print(f"skipped: {state.message}", file=sys.stderr)
+        raise typer.Exit(EX_TEMPFAIL)
+    print_night(night, _console())
+
+
+@app.command(epilog="Example: nightly predict holiday-photos/ --out labels/")
+def predict(
+    path: Annotated[
+        Path, typer.Argument(metavar="PATH", help="A folder of images, searched recursively, or one image.")
+    ],
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for the tables.", show_default="data/predictions/<now>")
+    ] = None,
+    model: Annotated[Path | None, typer.Option(help="A model's folder.", show_default="the model in service")] = None,
+    engine: Annotated[str | None, typer.Option(help="auto, keras or openvino.")] = None,
+    precision: Annotated[str | None, typer.Option(help="auto, float32 or bfloat16.")] = None,
+    top_k: Annotated[int | None, typer.Option(help="Labels per image.")] = None,
+    threshold: Annotated[float | None, typer.Option(help="Smallest confidence that is accepted, 0..1.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Images per batch.")] = None,
+) -> None:
+    """Classify a folder of images: one row for every file, whatever is wrong with some.
+
+    What is not given comes from the section 'predict' of params.yaml.
+    """
+    from datetime import datetime
+
+    from flows.workspace import find_workspace
+    from tasks.params import parse_section, read_params_file
+    from tasks.predict import PredictParams
+    from tasks.predict import predict as classify
+    from tasks.promote import champion_path
+
+    options = {
+        "engine": engine,
+        "precision": precision,
+        "top_k": top_k,
+        "threshold": threshold,
+        "batch_size": batch_size,
+    }
+    given = {name: value for name, value in options.items() if value is not None}
+    workspace = find_workspace()
+    values = read_params_file(workspace.params).get("predict") or {}
+    parse_section(values, "predict", PredictParams, workspace.params)
+    params = parse_section(values | given, "predict", PredictParams, Path("nightly predict"))
+    summary = classify(
+        path,
+        out or workspace.predictions / f"{datetime.now():%Y%m%d-%H%M%S}",
+        model or champion_path(workspace.models),
+        params,
+    )
+    console = _console()
+    statuses = ", ".join(f"{count:,} {status}" for status, count in summary.statuses.most_common())
+    _print_pairs(
+        console,
+        {
+            "files": f"{summary.files:,} ({statuses}) in {summary.seconds:.1f} s",
+            "accepted": f"{summary.accepted:,} with a confidence of {summary.threshold:.3f} or more",
+            "model": f"{summary.model_id}, {summary.engine}: {summary.engine_reason}",
+            "predictions": workspace.shown(summary.table.resolve()),
+        },
+    )
+
+
+@app.command(epilog="Example: nightly serve")
+def serve() -> None:
+    """Start the retraining every night, at the hour in the section 'serve' of params.yaml."""
+    from flows.console import calm_format, calm_handlers
+    from flows.server import require_server
+    from flows.settings import read_settings
+    from flows.workspace import find_workspace
+
+    workspace = find_workspace()
+    os.chdir(workspace.root)
+    params = read_settings(workspace.params)["serve"]
+    calm_format()
+    url = require_server()
+
+    from flows import serve as flows_serve
+
+    calm_handlers()
+    runner, deployment_id = flows_serve.register(params)
+    flows_serve.require_active(deployment_id, params)
+    _print_pairs(
+        _console(),
+        {
+            "schedule": f"'{params.cron}' {params.timezone}, active on {url}",
+            "next runs": ", ".join(f"{time:%a %Y-%m-%d %H:%M %Z}" for time in flows_serve.fire_times(params)),
+            "run it now": "prefect deployment run retrain/nightly",
+            "stop": "Ctrl-C; the schedule stays active, and runs that come due wait for the next 'nightly serve'",
+        },
+    )
+    flows_serve.run_for_ever(runner)
+
+
+@app.command(epilog="Example: nightly history --limit 5")
+def history(
+    limit: Annotated[int, typer.Option(min=1, help="Show the last so many decisions.")] = 20,
+) -> None:
+    """Show every promotion, hold and rollback, the newest last."""
+    from datetime import datetime
+
+    from rich.table import Table
+
+    from flows.summary import figure
+    from flows.workspace import find_workspace
+    from tasks import promote as registry
+
+    workspace, console = find_workspace(), _console()
+    entries, champion = registry.history(workspace.models), registry.champion_id(workspace.models)
+    if not entries:
+        console.print("no decisions yet: 'nightly retrain' makes the first")
+        return
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for heading in ("time", "decision", "model", "accuracy", "champion's", "why"):
+        table.add_column(heading, no_wrap=heading != "why", justify="right" if heading in ("accuracy",) else "left")
+    for entry in entries[-limit:]:
+        table.add_row(
+            f"{datetime.fromisoformat(entry.time).astimezone():%Y-%m-%d %H:%M}",
+            entry.action,
+            f"{entry.id} *" if entry.id == champion else entry.id,
+            figure(entry.challenger, "accuracy", True),
+            figure(entry.champion, "accuracy", True),
+            "; ".join(entry.reasons),
+        )
+    console.print(table)
+    console.print(f"* in service: {champion or 'no model'}", highlight=False)
+
+
+@app.command(epilog="Example: nightly promote 3f2a90c1b7de --reason 'new class added on purpose'")
+def promote(
+    model_id: Annotated[str, typer.Argument(metavar="ID", help="A registered model, or the last one trained.")],
+    reason: Annotated[str, typer.Option(help="For the ledger.")] = "by hand",
+) -> None:
+    """Put a model in service by hand, whatever the judge thought of it."""
+    from flows import champion
+    from flows.workspace import find_workspace, locked
+
+    workspace = find_workspace()
+    with locked(workspace, f"nightly promote {model_id}"):
+        _print_change(champion.promote_by_hand(workspace, model_id, reason, print))
+
+
+@app.command(epilog="Example: nightly rollback")
+def rollback(
+    model_id: Annotated[
+        str | None, typer.Argument(metavar="ID", help="A registered model.", show_default="the champion before")
+    ] = None,
+    reason: Annotated[str, typer.Option(help="For the ledger.")] = "by hand",
+) -> None:
+    """Put an earlier model back in service."""
+    from flows import champion
+    from flows.workspace import find_workspace, locked
+
+    workspace = find_workspace()
+    with locked(workspace, "nightly rollback"):
+        _print_change(champion.roll_back(workspace, model_id, reason))
+
+
+def main() -> None:
+    """Run the command line; what the user can mend is one line on stderr, and no traceback."""
+    # typer's own base class of usage errors (typer carries its copy of click, or click itself, by version).
+    usage_error = typer.BadParameter.__mro__[1]
+    try:
+        code = app(standalone_mode=False)
+    except usage_error as error:
+        context = getattr(error, "ctx", None)
+        command = context.command_path if context else "nightly"
+        if error.format_message() and type(error).__name__ != "NoArgsIsHelpError":
+            _fail(f"{error.format_message().rstrip('.')}; see '{command} --help'", 2)
+        error.show()
+        sys.exit(2)
+    except (NightlyError, OSError) as error:
+        _fail(describe(error), 1)
+    except (KeyboardInterrupt, typer.Abort):
+        _fail("interrupted", 130)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _fail(message: str, code: int) -> None:
+    print(f"error: {' '.join(message.split())}", file=sys.stderr, flush=True)
+    sys.exit(code)
+
+
+def _console() -> "Console":
+    from rich.console import Console
+
+    return Console()
+
+
+def _print_pairs(console: "Console", pairs: dict[str, str]) -> None:
+    from rich.text import Text
+
+    for label, value in pairs.items():
+        # Not wrapped: paths are there to be copied.
+        console.print(Text(f"{label:<13}", style="bold") + Text(value), soft_wrap=True)
+
+
+def _print_change(entry: "Entry") -> None:
+    print(f"in service: {entry.id} (before: {entry.champion_before or 'none'})")
+
+
+def _announce_server() -> None:
+    """Make sure that the configured Prefect server answers, or say that a temporary one starts."""
+    from flows.server import require_answer, server_url
+
+    url = server_url()
+    if url is None:
+        print("starting a temporary Prefect server, about 10 s (PREFECT_API_URL names one that stays)", flush=True)
+    else:
+        require_answer(url)
+
+
+if __name__ == "__main__":
+    main()

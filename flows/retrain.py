@@ -1,0 +1,177 @@
+"""The nightly flow: every stage of DVC's graph, then the verdict, then a folder of images."""
+
+import time
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import prefect.runtime
+from prefect import flow, get_run_logger, task
+from prefect.artifacts import create_markdown_artifact
+from prefect.cache_policies import NO_CACHE
+from prefect.states import Completed, State
+
+from flows import stages
+from flows.champion import Judgement, carry_out, judge_exported
+from flows.console import shorten_expected_errors
+from flows.predict import classify, nothing_to_classify, obstacle, run_id
+from flows.settings import RetrainParams, read_settings
+from flows.stages import Outcome
+from flows.summary import Night, Predictions, StageRun, duration, markdown
+from flows.workspace import Busy, Workspace, find_workspace, locked
+from tasks.errors import NightlyError
+from tasks.promote import champion_id
+
+shorten_expected_errors()
+
+
+class TooLate(NightlyError):
+    """A scheduled run that starts long after its time."""
+
+
+@dataclass(frozen=True)
+class Tonight:
+    """What every step of one run needs to know."""
+
+    workspace: Workspace
+    run: str
+    rules: RetrainParams
+
+    @property
+    def logs(self) -> Path:
+        return self.workspace.state / "logs" / self.run
+
+    @property
+    def patience_seconds(self) -> float:
+        return self.rules.dvc_patience_minutes * 60
+
+
+@flow(name="retrain", flow_run_name=lambda: f"retrain {datetime.now():%Y-%m-%d %H:%M:%S}", persist_result=False)
+def retrain(predict: Path | None = None, force: bool = False) -> Night:
+    """Retrain the classifier on what has changed, promote it if it beats the model in service, classify a folder.
+
+    Args:
+        predict: the folder to classify at the end; data/incoming unless another is given.
+        force: run every stage, also those that are up to date.
+    """
+    workspace = find_workspace()
+    try:
+        refuse_lateness(workspace)
+        with locked(workspace, "nightly retrain"):
+            started = time.monotonic()
+            tonight = Tonight(workspace, run_id(), read_rules(workspace))
+            stage_runs = bring_up_to_date(tonight, force)
+            judgement = judge(tonight)
+            promote_or_hold(tonight, judgement)
+            predictions = classify_folder(tonight, predict)
+            night = Night(
+                run=tonight.run,
+                judgement=judgement,
+                champion=champion_id(workspace.models),
+                stages=stage_runs,
+                predictions=predictions,
+                report=workspace.shown(workspace.evaluation / "report.html"),
+                logs=workspace.shown(tonight.logs),
+                seconds=time.monotonic() - started,
+            )
+            create_markdown_artifact(key="night", markdown=markdown(night), description=night.headline)
+            return night
+    except (Busy, TooLate) as reason:
+        return Completed(name="Skipped", message=str(reason))
+
+
+def read_rules(workspace: Workspace) -> RetrainParams:
+    """Return the ``retrain`` section after checking all of ``params.yaml``: better now than after the training."""
+    return read_settings(workspace.params)["retrain"]
+
+
+def refuse_lateness(workspace: Workspace) -> None:
+    """Skip a scheduled run that is long overdue, so that nights without power are not made up for in a row."""
+    run = prefect.runtime.flow_run
+    late = datetime.now(UTC) - run.scheduled_start_time
+    limit = timedelta(hours=read_rules(workspace).maximum_lateness_hours)
+    # A run that is started again by hand keeps its old time, and is meant.
+    if late > limit and run.run_count <= 1:
+        raise TooLate(
+            f"this run was due {duration(late.total_seconds())} ago, longer than retrain.maximum_lateness_hours"
+        )
+
+
+def bring_up_to_date(tonight: Tonight, force: bool) -> list[StageRun]:
+    """Run DVC's stages in DVC's order, each as a task run of its own."""
+    root = tonight.workspace.root
+    logger = get_run_logger()
+    names = stages.stage_names(root)
+    stale = stages.stale_stages(root, names, tonight.patience_seconds, logger.info)
+    # What stands before the first stale stage is up to date for certain; from there on DVC is asked one by one.
+    first = 0 if force else next((number for number, name in enumerate(names) if name in stale), len(names))
+    runs = []
+    for number, name in enumerate(names):
+        started = time.monotonic()
+        state = stage_task(name, tonight.rules)(tonight, name, force, known_fresh=number < first, return_state=True)
+        state.result()  # raises what the task raised
+        runs.append(StageRun(name, state.name, state.message or "", time.monotonic() - started))
+    if first < len(names) and (changed := stages.stale_stages(root, names, tonight.patience_seconds, logger.info)):
+        logger.warning("changed while the run went on, to be rebuilt next time: %s", ", ".join(sorted(changed)))
+    return runs
+
+
+def stage_task(name: str, rules: RetrainParams):
+    """Return the task for one stage. Only the network is retried: a training that failed once fails again."""
+    retries = rules.download_retries if name == "download" else 0
+    return run_stage.with_options(
+        name=name, task_run_name=name, retries=retries, retry_delay_seconds=rules.download_retry_delay_seconds
+    )
+
+
+@task(cache_policy=NO_CACHE, persist_result=False)
+def run_stage(tonight: Tonight, stage: str, force: bool, known_fresh: bool) -> State:
+    """Bring one stage up to date; Prefect's state says Cached where there was nothing to do."""
+    logger = get_run_logger()
+    started = time.monotonic()
+    outcome = Outcome.unchanged
+    if not known_fresh:
+        outcome = stages.reproduce(
+            tonight.workspace.root,
+            stage,
+            log=tonight.logs / f"{stage}.log",
+            emit=logger.info,
+            limit_seconds=tonight.rules.stage_time_limit_hours * 3600,
+            patience_seconds=tonight.patience_seconds,
+            force=force,
+        )
+    if outcome is Outcome.ran:
+        logger.info("done in %s", duration(time.monotonic() - started))
+        return Completed(message="ran")
+    logger.info("cached: %s", outcome)
+    return Completed(name="Cached", message=str(outcome))
+
+
+@task(task_run_name="judge", cache_policy=NO_CACHE, persist_result=False)
+def judge(tonight: Tonight) -> Judgement:
+    """Compare tonight's model with the one in service."""
+    logger = get_run_logger()
+    judgement = judge_exported(tonight.workspace, tonight.rules, tonight.logs / "judge.log", logger.info)
+    logger.info("%s: %s", judgement.verdict.action, "; ".join(judgement.verdict.reasons))
+    return judgement
+
+
+@task(task_run_name="promote", cache_policy=NO_CACHE, persist_result=False)
+def promote_or_hold(tonight: Tonight, judgement: Judgement) -> State:
+    """Put tonight's model in service or write down why not."""
+    logger = get_run_logger()
+    carry_out(tonight.workspace, judgement, tonight.patience_seconds, logger.info)
+    in_service = champion_id(tonight.workspace.models) or "no model yet"
+    logger.info("in service: %s", in_service)
+    name = "Promoted" if judgement.verdict.action == "promote" else "Held"
+    return Completed(name=name, message="; ".join(judgement.verdict.reasons))
+
+
+def classify_folder(tonight: Tonight, chosen: Path | None) -> Predictions:
+    """Classify the folder that was asked for, or what lies in ``data/incoming``."""
+    folder = tonight.workspace.root / (chosen or tonight.workspace.incoming)
+    if reason := obstacle(tonight.workspace, folder, chosen is not None):
+        nothing_to_classify(reason)
+        return Predictions(note=reason)
+    limit = tonight.rules.stage_time_limit_hours
+    return classify(tonight.workspace, tonight.run, folder, limit_hours=limit)
