@@ -220,7 +220,9 @@ def _mark_threshold(plane: Plane, threshold: float | None, top: float) -> None:
 
 def interval_chart(value: float, low: float, high: float) -> Markup:
     """Draw a share and its interval on a scale that shows the interval well and ends at 100%."""
-    floor = max(0.0, math.floor((1 - 4 * (1 - low)) * 20) / 20) if low > 0.5 else 0.0
+    floor = max(
+        start for start in (0, 0.4, 0.6, 0.8, 0.9, 0.96, 0.98, 0.99) if start == 0 or 1 - start >= 3 * (1 - low)
+    )
     marks = [floor, (floor + 1) / 2, 1.0]
     plane = Plane((floor, 1), (0, 1), 62, left=2, right=2)
     plane.line((floor, 0.5), (1, 0.5), "grid")
@@ -231,10 +233,14 @@ def interval_chart(value: float, low: float, high: float) -> Markup:
     return plane.svg(f"Accuracy {value:.2%}, interval {low:.2%} to {high:.2%}")
 
 
+def heat(shares: np.ndarray | float) -> np.ndarray | float:
+    """Return opacities for shares of a row; the power keeps rare mistakes visible beside a diagonal near 100%."""
+    return shares**0.4
+
+
 def heat_image(shares: np.ndarray) -> str:
     """Draw a matrix of shares 0..1 ``(R, C)`` as one picture, a pixel per cell, for matrices beyond a table."""
     pixels = np.empty((*shares.shape, 4), np.uint8)
     pixels[..., :3] = (46, 110, 142)
-    # The square root keeps rare mistakes visible beside a diagonal near 100%.
-    pixels[..., 3] = np.rint(255 * np.sqrt(np.clip(shares, 0, 1)))
+    pixels[..., 3] = np.rint(255 * heat(np.clip(shares, 0, 1)))
     return data_uri(Image.fromarray(pixels))

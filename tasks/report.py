@@ -114,13 +114,13 @@ def render_report(data: ReportData) -> str:
 
 
 def _matrix_rows(matrix: np.ndarray, shares: np.ndarray, classes: Sequence[str]) -> list[dict[str, Any]]:
-    """Return table rows; the power keeps rare mistakes visible beside a diagonal near 100%."""
+    """Return the table of confusions: a row per true class, a cell per predicted one."""
     rows = []
     for i, name in enumerate(classes):
         cells = []
         for j, (count, share) in enumerate(zip(matrix[i].tolist(), shares[i].tolist(), strict=True)):
             kind = " none" if not count else " same" if i == j else " strong" if share > 0.25 else ""
-            heat = share if i == j else share**0.4
+            heat = share if i == j else charts.heat(share)
             text = f"{share:.0%}" if share >= 0.01 or not count else "<1%"
             cells.append({"count": count, "share": text, "heat": f"{heat:.3f}", "kind": kind})
         rows.append({"name": name, "total": int(matrix[i].sum()), "cells": cells})

@@ -160,7 +160,7 @@ def test_the_matrix_has_a_cell_per_pair_until_it_becomes_a_picture():
     source = next(a["src"] for tag, a in page.elements if a.get("class") == "heat")
     picture = np.asarray(Image.open(io.BytesIO(b64decode(source.partition(",")[2]))))
     shares = large.matrix / large.matrix.sum(axis=1, keepdims=True)
-    np.testing.assert_allclose(picture[..., 3] / 255, np.sqrt(shares), atol=0.005)
+    np.testing.assert_allclose(picture[..., 3] / 255, shares**0.4, atol=0.005)
 
 
 def test_the_matrix_shows_counts_and_row_shares():
@@ -233,6 +233,18 @@ def test_nearby_axis_labels_of_shares_differ():
     labels = re.findall(r'text-anchor="end">([^<]*)<', chart)
     assert len(labels) >= 5
     assert len(set(labels)) == len(labels)
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "first"), [(0.2, 0.3, "0%"), (0.86, 0.92, "40%"), (0.95, 0.98, "80%"), (0.9985, 1.0, "99%")]
+)
+def test_the_interval_is_drawn_on_a_scale_that_shows_it(low, high, first):
+    chart = charts.interval_chart((low + high) / 2, low, high)
+    assert f'text-anchor="start">{first}<' in chart
+    left, width = (float(re.search(rf'<rect [^>]*{name}="([\d.]+)"', chart).group(1)) for name in ("x", "width"))
+    assert left >= 0
+    assert left + width <= charts.WIDTH
+    assert width > 10
 
 
 def test_reliability_bars_end_at_the_accuracy():
