@@ -226,7 +226,7 @@ def place(sheet: np.ndarray, tile: np.ndarray) -> tuple[int, int] | None:
 
 def test_draws_of_the_preview_are_all_there(tmp_path):
     tiles = noise(2 * (1 + PREVIEW_DRAWS)).reshape(2, 1 + PREVIEW_DRAWS, 12, 12, 3)
-    rows = [(name, tiles[i, 0], tiles[i, 1:]) for i, name in enumerate(["a $5 note", "名前" * 30])]
+    rows = [(name, tiles[i, 0], tiles[i, 1:]) for i, name in enumerate([r"a $\note$", "名前" * 30])]
     draw_preview(tmp_path / "preview.png", rows, "Augmentation", "words")
     sheet = read_png(tmp_path / "preview.png")
     places = [[place(sheet, enlarged(tile)) for tile in row] for row in tiles]
