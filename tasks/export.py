@@ -2,6 +2,7 @@
 
 import argparse
 import shutil
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,14 @@ from pydantic import Field
 
 from tasks.bundle import Bundle, load_bundle, load_keras_model
 from tasks.device import prepare_device
-from tasks.engines import ENGINES, REFERENCE, open_engine, supports_bfloat16
+from tasks.engines import ENGINES, REFERENCE, Engine, open_engine, supports_bfloat16
 from tasks.errors import NightlyError, run_main
 from tasks.files import publish_directory
 from tasks.metrics import agreement, max_difference
 from tasks.params import Section, read_section
+
+#: Images that an engine's speed is measured on: a few seconds' worth for the slowest.
+SPEED_IMAGES = 256
 
 
 class ExportParams(Section):
@@ -61,6 +65,14 @@ def confidence_threshold(probabilities: np.ndarray, targets: np.ndarray, precisi
     return float(confidence[order][enough[-1]]) if enough.size else 1.0
 
 
+def images_per_second(engine: Engine, images: np.ndarray) -> float:
+    """Return the speed of a warm engine on at most ``SPEED_IMAGES`` images that are in memory."""
+    sample = np.asarray(images[:SPEED_IMAGES])
+    started = time.perf_counter()
+    engine.probabilities(sample)
+    return len(sample) / (time.perf_counter() - started)
+
+
 def export(candidate: Path, prepared: Path, out: Path, params: ExportParams) -> ExportSummary:
     """Copy the candidate's bundle, add the OpenVINO engine, and measure each engine on the validation split.
 
@@ -83,17 +95,23 @@ def export(candidate: Path, prepared: Path, out: Path, params: ExportParams) -> 
         names = [name for name in ENGINES if name == REFERENCE or params.openvino]
         if not supports_bfloat16():
             names = [name for name in names if name != "openvino-bfloat16"]
-        reference = open_engine(bundle, REFERENCE).probabilities(images)
+        keras_engine = open_engine(bundle, REFERENCE)
+        reference = keras_engine.probabilities(images)
         engines: dict[str, dict[str, Any]] = {}
         for name in names:
-            found = reference if name == REFERENCE else open_engine(bundle, name).probabilities(images)
+            engine = keras_engine if name == REFERENCE else open_engine(bundle, name)
+            found = reference if name == REFERENCE else engine.probabilities(images)
             share = agreement(reference, found)
+            speed = images_per_second(engine, images)
             engines[name] = {
                 "agreement": share,
                 "max_difference": max_difference(reference, found),
                 "offered": share >= params.minimum_agreement,
+                "images_per_second": round(speed, 1),
             }
-            print(f"{name}: agreement {share:.4f} on {len(images):,} validation images", flush=True)
+            print(
+                f"{name}: agreement {share:.4f} on {len(images):,} validation images, {speed:,.0f} images/s", flush=True
+            )
             if name == "openvino-float32" and share < params.minimum_agreement:
                 raise NightlyError(
                     f"{name} agrees with {REFERENCE} on {share:.4f} of the validation images, but "

@@ -17,7 +17,7 @@ from pydantic import Field, model_validator
 
 from tasks.datacard import render_data_card
 from tasks.errors import NightlyError, run_main
-from tasks.files import publish_directory, read_json, write_json
+from tasks.files import publish_directory, read_json, write_json, write_text
 from tasks.images import Decoded, DecodePolicy, Status, decode, encode_png, fit
 from tasks.params import Section, read_section
 from tasks.progress import progress
@@ -192,7 +192,7 @@ def near_duplicates(pixels: np.ndarray, rows: np.ndarray) -> list[tuple[int, int
     return pairs
 
 
-def prepare(raw: Path, additions: Path, out: Path, params: PrepareParams) -> PrepareSummary:
+def prepare(raw: Path, additions: Path, out: Path, card: Path, params: PrepareParams) -> PrepareSummary:
     """Turn source images into split, resized, one-hot-labelled arrays.
 
     Args:
@@ -201,7 +201,9 @@ def prepare(raw: Path, additions: Path, out: Path, params: PrepareParams) -> Pre
             training and validation splits only.
         out: receives ``{train,validation,test}/images.npy`` (uint8 (N, size, size, 3) RGB) and ``targets.npy``
             (float32 (N, C) one-hot), ``classes.json``, ``normalization.json``, ``manifest.parquet`` (a row per
-            source image), ``prepared.json``, ``card.html`` and ``examples/``.
+            source image; ``position`` is its row in its split's arrays, -1 if it was left out), ``prepared.json``
+            and ``examples/``.
+        card: receives the data card, a page of HTML; apart from ``out``, so that its looks retrain nothing.
 
     Raises:
         NightlyError: the source is damaged, or fails one of the gates (see ``check_gates``).
@@ -218,9 +220,11 @@ def prepare(raw: Path, additions: Path, out: Path, params: PrepareParams) -> Pre
         pixels = np.memmap(scratch, np.uint8, "r").reshape(-1, size, size, 3)
         good = manifest[manifest.status == "ok"].sort_values("name", key=natsort_keygen())
         counts = {}
+        manifest["position"] = -1
         for split in SPLITS:
             chosen = good[good.split == split]
             _write_split(partial / split, pixels, chosen, classes)
+            manifest.loc[chosen.index, "position"] = np.arange(len(chosen))
             counts[split] = len(chosen)
         normalization = normalization_of(params.normalization, np.load(partial / "train" / "images.npy", mmap_mode="r"))
         near = near_duplicates(pixels, good.row.to_numpy())
@@ -249,8 +253,7 @@ def prepare(raw: Path, additions: Path, out: Path, params: PrepareParams) -> Pre
             name: [pixels[row] for row in good.row[(good["class"] == name) & (good.split == "train")][:10]]
             for name in classes
         }
-        card = render_data_card(summary, manifest.drop(columns="row"), samples)
-        (partial / "card.html").write_text(card, encoding="utf-8")
+        write_text(card, render_data_card(summary, manifest.drop(columns="row"), samples))
         _write_examples(partial / "examples", raw, good[good.split == "test"])
         del pixels
         scratch.unlink()
@@ -362,9 +365,11 @@ def main() -> None:
     parser.add_argument("--raw", type=Path, required=True)
     parser.add_argument("--additions", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--card", type=Path, required=True)
     parser.add_argument("--params", type=Path, default=Path("params.yaml"))
     args = parser.parse_args()
-    summary = prepare(args.raw, args.additions, args.out, read_section(args.params, "prepare", PrepareParams))
+    params = read_section(args.params, "prepare", PrepareParams)
+    summary = prepare(args.raw, args.additions, args.out, args.card, params)
     counts = ", ".join(f"{count:,} {split}" for split, count in summary.counts.items())
     left_out = ", ".join(f"{count:,} {reason}" for reason, count in summary.left_out.items())
     print(f"prepared {counts}" + (f"; left out {left_out}" if left_out else ""))

@@ -52,7 +52,7 @@ def prepared(raw: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tasks.prepare import PrepareParams, prepare
 
     out = tmp_path_factory.mktemp("prepared") / "prepared"
-    prepare(raw, Path("nowhere"), out, PrepareParams(decode={"size": IMAGE_SIZE}))
+    prepare(raw, Path("nowhere"), out, out.with_name("card.html"), PrepareParams(decode={"size": IMAGE_SIZE}))
     return out
 
 

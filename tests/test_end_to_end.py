@@ -72,7 +72,7 @@ def test_repro_builds_every_artifact_of_the_contract(workspace):
     for name in STAGES:
         assert f"Running stage '{name}'" in workspace.output
     expected = [
-        "data/raw/source.json", "data/prepared/card.html", "data/prepared/manifest.parquet",
+        "data/raw/source.json", "data/card.html", "data/prepared/manifest.parquet",
         "data/prepared/train/images.npy", "data/augmented/preview.png", "models/candidate/model.keras",
         "models/candidate/history.csv", "models/exported/engines/openvino/model.xml",
         "models/evaluation/metrics.json", "models/evaluation/report.html", "models/evaluation/plots/confusion.csv",

@@ -90,8 +90,7 @@ def test_a_picture_has_the_same_probabilities_in_training_data_and_in_prediction
     examples = prepared / "examples"
     _, table = run(examples, exported, tmp_path / "out", engine="keras", top_k=3)
     manifest = pd.read_parquet(prepared / "manifest.parquet")
-    test = manifest[(manifest.split == "test") & (manifest.status == "ok")]
-    order = sorted(test.name, key=lambda name: (name.split("/")[0], int(name.split("/")[1].removesuffix(".png"))))
+    order = manifest[(manifest.split == "test") & (manifest.status == "ok")].sort_values("position").name
     images = np.load(prepared / "test" / "images.npy")
     bundle = load_bundle(exported)
     evaluated = dict(zip(order, open_engine(bundle, REFERENCE).probabilities(images), strict=True))

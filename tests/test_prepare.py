@@ -44,6 +44,10 @@ def colors(count=40) -> dict[str, bytes]:
     return {f"{name}/{seed}.png": encode_png(colored_image(name, seed)) for name in COLORS for seed in range(count)}
 
 
+def run(raw: Path, additions: Path, out: Path, params: PrepareParams) -> None:
+    prepare(raw, additions, out, out.with_name(f"{out.name}-card.html"), params)
+
+
 def splits(out: Path) -> dict[str, str]:
     manifest = pd.read_parquet(out / "manifest.parquet")
     return dict(zip(manifest.name, manifest.split, strict=True))
@@ -76,8 +80,8 @@ def test_additions_never_enter_the_test_split_and_keep_the_place_of_the_others()
 
 def test_adding_images_moves_none(tmp_path):
     few, many = colors(40), colors(60)
-    prepare(write_source(tmp_path / "few", few), tmp_path, tmp_path / "a", PARAMS)
-    prepare(write_source(tmp_path / "many", many), tmp_path, tmp_path / "b", PARAMS)
+    run(write_source(tmp_path / "few", few), tmp_path, tmp_path / "a", PARAMS)
+    run(write_source(tmp_path / "many", many), tmp_path, tmp_path / "b", PARAMS)
     before, after = splits(tmp_path / "a"), splits(tmp_path / "b")
     assert len(after) > len(before)
     assert {name: after[name] for name in before} == before
@@ -100,20 +104,16 @@ def test_arrays_follow_the_data_contract(prepared):
         assert targets.shape == (len(images), 3)
         assert targets.dtype == np.float32
         assert (targets.sum(axis=1) == 1).all()
-        rows = manifest[manifest.split == split].sort_values("name", key=lambda s: s.map(natural))
+        rows = manifest[manifest.split == split].sort_values("position")
+        assert list(rows.position) == list(range(len(images)))
         for image, target, name in zip(images, targets, rows.name, strict=True):
             color, seed = name.removesuffix(".png").split("/")
             assert classes[target.argmax()] == color
             np.testing.assert_array_equal(image, colored_image(color, int(seed)))
 
 
-def natural(name):
-    color, seed = name.removesuffix(".png").split("/")
-    return color, int(seed)
-
-
 def test_the_same_source_gives_the_same_bytes(raw, prepared, tmp_path):
-    prepare(raw, tmp_path / "none", tmp_path / "again", PARAMS)
+    run(raw, tmp_path / "none", tmp_path / "again", PARAMS)
     for file in sorted(path for path in prepared.rglob("*") if path.is_file()):
         twin = tmp_path / "again" / file.relative_to(prepared)
         assert twin.read_bytes() == file.read_bytes(), file.name
@@ -132,10 +132,10 @@ def test_examples_are_files_of_the_test_split_as_they_came(prepared):
 
 def test_the_test_digest_ignores_training_data(tmp_path):
     few = colors(40)
-    prepare(write_source(tmp_path / "few", few), tmp_path, tmp_path / "a", PARAMS)
+    run(write_source(tmp_path / "few", few), tmp_path, tmp_path / "a", PARAMS)
     found = splits(tmp_path / "a")
     fewer = {name: data for name, data in few.items() if found[name] != "train" or not name.endswith("7.png")}
-    prepare(write_source(tmp_path / "fewer", fewer), tmp_path, tmp_path / "b", PARAMS)
+    run(write_source(tmp_path / "fewer", fewer), tmp_path, tmp_path / "b", PARAMS)
     a, b = (json.loads((tmp_path / which / "prepared.json").read_text()) for which in "ab")
     assert a["test_digest"] == b["test_digest"]
     assert a["data_digest"] != b["data_digest"]
@@ -147,7 +147,7 @@ def test_additions_are_taken_in(tmp_path):
     new = {f"red/new{seed}.png": encode_png(colored_image("red", 1000 + seed)) for seed in range(30)}
     write_source(tmp_path / "box", new)
     (tmp_path / "box" / "images.tar").rename(additions / "2026-01-01.tar")
-    prepare(write_source(tmp_path / "raw", colors()), additions, tmp_path / "out", PARAMS)
+    run(write_source(tmp_path / "raw", colors()), additions, tmp_path / "out", PARAMS)
     manifest = pd.read_parquet(tmp_path / "out" / "manifest.parquet")
     added = manifest[manifest.origin == "2026-01-01.tar"]
     assert len(added) == 30
@@ -208,7 +208,7 @@ def test_copies_never_straddle_splits(tmp_path):
     members = colors()
     for name in list(members)[:20]:
         members[name.replace(".png", "-copy.png")] = members[name]
-    prepare(write_source(tmp_path / "raw", members), tmp_path, tmp_path / "out", PARAMS)
+    run(write_source(tmp_path / "raw", members), tmp_path, tmp_path / "out", PARAMS)
     manifest = pd.read_parquet(tmp_path / "out" / "manifest.parquet")
     assert (manifest.status == "duplicate").sum() == 20
     used = manifest[manifest.status == "ok"]
@@ -227,7 +227,7 @@ def test_near_duplicates_are_found_and_others_are_not():
 
 def gate(tmp_path, members, **changes):
     with pytest.raises(NightlyError) as caught:
-        prepare(write_source(tmp_path / "raw", members), tmp_path, tmp_path / "out", PARAMS.changed(**changes))
+        run(write_source(tmp_path / "raw", members), tmp_path, tmp_path / "out", PARAMS.changed(**changes))
     assert not (tmp_path / "out").exists(), "a failed stage leaves nothing that looks finished"
     return str(caught.value)
 
@@ -238,7 +238,7 @@ def test_unreadable_images_get_a_reason_and_too_many_stop_the_stage(tmp_path):
     message = gate(tmp_path, members, maximum_unreadable_fraction=0.0)
     assert "1 of 121 images are unreadable" in message
     assert "red/bad.png (not_an_image" in message
-    prepare(tmp_path / "raw", tmp_path, tmp_path / "out", PARAMS)
+    run(tmp_path / "raw", tmp_path, tmp_path / "out", PARAMS)
     manifest = pd.read_parquet(tmp_path / "out" / "manifest.parquet").set_index("name")
     assert manifest.status["red/bad.png"] == "not_an_image"
     assert json.loads((tmp_path / "out" / "prepared.json").read_text())["left_out"] == {"not_an_image": 1}
