@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import Protocol
 
 #: Seconds between two lines in a log.
-LOG_INTERVAL_SECONDS = 10.0
+LOG_INTERVAL_SECONDS = 30.0
 
 
 class Advance(Protocol):
@@ -52,6 +52,7 @@ def _log_lines(description: str, total: int | None, unit: str) -> Iterator[Advan
         if now - last >= LOG_INTERVAL_SECONDS:
             last = now
             share = f" of {total:,}" if total else ""
-            print(f"{description}: {done:,}{share} {unit}, {done / (now - start):,.0f}/s", flush=True)
+            rate = done / (now - start)
+            print(f"{description}: {done:,}{share} {unit}, {rate:,.{0 if rate >= 10 else 1}f}/s", flush=True)
 
     yield advance
