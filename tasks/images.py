@@ -137,9 +137,9 @@ class _Refused(Exception):
 def decode(data: bytes, policy: DecodePolicy) -> Decoded:
     """Decode and resize one image; never raises, whatever the bytes.
 
-    A JPEG or JPEG 2000 without its end marker, a PNG with a missing or damaged chunk and a WebP shorter than it says
-    are `truncated`; so is any other file in which Pillow misses pixels of the first frame. Damage inside a JPEG's
-    image data shows in the picture but is reported by no decoder.
+    A JPEG or JPEG 2000 without its end marker and a PNG with a missing or damaged chunk are `truncated`; so is any
+    other file in which Pillow misses pixels of the first frame. Damage inside a JPEG's image data shows in the
+    picture but is reported by no decoder.
     """
     name, width, height = "", 0, 0
     try:
@@ -256,13 +256,10 @@ def _open(name: str, data: bytes) -> tuple[Image.Image, int]:
         data, exif = _essential_png(data)
     elif name == "JPEG2000" and data.rfind(b"\xff\xd9") < data.find(b"\xff\x4f\xff\x51"):
         raise _Refused(Status.TRUNCATED, "ends before its end marker")
-    elif name == "WEBP" and int.from_bytes(data[4:8], "little") + 8 > len(data):
-        raise _Refused(Status.TRUNCATED, "shorter than it says")
     image = Image.OPEN[name][0](io.BytesIO(data), "")  # Image.open would add Pillow's own pixel limit
     if name == "PNG":
         _scale_color_key(image, depth=data[24])
-    if name == "TIFF":
-        return image, 1  # Pillow turns these while it decodes
+    # A TIFF's orientation is not found here: Pillow itself applies it while it decodes.
     return image, _orientation(exif or image.info.get("exif", b""))
 
 

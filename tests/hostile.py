@@ -113,6 +113,13 @@ def huge_tiff() -> bytes:
     return tiff
 
 
+def tiff_with(tag: int, value: int, count: int = 1) -> bytes:
+    """Return a TIFF with another value, or count of values, for one of its short tags."""
+    tiff = encoded(photo(), "TIFF")
+    start = tiff.index(struct.pack("<HHI", tag, 3, 1))
+    return tiff[:start] + struct.pack("<HHIHH", tag, 3, count, value, 0) + tiff[start + 12 :]
+
+
 def half_transparent() -> Image.Image:
     """Return RGBA whose left half is opaque and whose right half is not there."""
     image = photo().convert("RGBA")
@@ -133,6 +140,7 @@ def hostile_images() -> dict[str, tuple[bytes, Status]]:
     jpeg, flat_png = encoded(rgb, "JPEG", quality=90), encoded(rgb, "PNG")
     large, progressive = (encoded(photo(200, 150), "JPEG", progressive=how) for how in (False, True))
     deep = Image.fromarray(np.asarray(gray).astype(np.uint16) * 257)
+    jp2 = encoded(rgb, "JPEG2000")
     lzw = encoded(rgb, "TIFF", compression="tiff_lzw")
     text = PngImagePlugin.PngInfo()
     text.add_text("comment", "x" * 3_000_000, zip=True)
@@ -189,7 +197,7 @@ def hostile_images() -> dict[str, tuple[bytes, Status]]:
         "gray16.pgm": encoded(deep, "PPM"),
         "rgb.avif": encoded(rgb, "AVIF"),
         "alpha.avif": encoded(alpha, "AVIF"),
-        "rgb.jp2": encoded(rgb, "JPEG2000"),
+        "rgb.jp2": jp2,
         "codestream.j2k": encoded(rgb, "JPEG2000", no_jp2=True),
         "one-pixel.png": png(1, 1, 8, 2, b"\0\1\2\3"),
         "sliver.png": png(5_000, 1, 8, 0, bytes(5_001)),
@@ -229,6 +237,7 @@ def hostile_images() -> dict[str, tuple[bytes, Status]]:
             "game.dds": b"DDS " + bytes(124),
             "many-scans.jpg": many_scans(1_000),
             "12-bit.jpg": jpeg.replace(b"\xff\xc0\0\x11\x08", b"\xff\xc0\0\x11\x0c"),
+            "unknown-compression.tif": tiff_with(0x0103, 12_345),
             "apple-crushed.png": flat_png[:8] + png_chunk(b"CgBI", bytes(4)) + flat_png[8:],
         },
         Status.TRUNCATED: {
@@ -253,7 +262,9 @@ def hostile_images() -> dict[str, tuple[bytes, Status]]:
             "damaged-lzw.tif": lzw[:600] + b"junk" * 9 + lzw[636:],
             "half.ppm": encoded(rgb, "PPM")[:900],
             "half.avif": encoded(rgb, "AVIF")[:300],
-            "half.jp2": encoded(rgb, "JPEG2000")[:300],
+            "many-samples.tif": tiff_with(0x0115, 2_819),
+            "half.jp2": jp2[:300],
+            "no-tiles.jp2": jp2[: jp2.index(b"\xff\x90") + 2],
         },
         Status.TOO_LARGE: {
             "bomb.png": png(30_000, 30_000, 8, 2, b""),

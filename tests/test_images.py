@@ -8,6 +8,7 @@ import struct
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -55,6 +56,15 @@ def expected(image: Image.Image, policy: DecodePolicy = POLICY) -> np.ndarray:
     return fit(np.asarray(image.convert("RGB")), policy).astype(int)
 
 
+def failing(error: Exception) -> Callable[..., None]:
+    """Return a function that raises ``error``."""
+
+    def fail(*_: object) -> None:
+        raise error
+
+    return fail
+
+
 @pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize("resize", ["squash", "crop", "pad"])
 def test_every_kind_of_file_has_its_status(name: str, resize: str):
@@ -65,13 +75,10 @@ def test_every_kind_of_file_has_its_status(name: str, resize: str):
         assert outcome.reason == ""
         assert outcome.pixels.shape == (16, 16, 3)
         assert outcome.pixels.dtype == np.uint8
-        assert outcome.pixels.flags.writeable
         assert outcome.width > 0 < outcome.height
     else:
         assert outcome.pixels is None
-        assert outcome.reason.isascii()
-        assert outcome.reason.isprintable()
-        assert 0 < len(outcome.reason) <= 220
+        assert outcome.reason
 
 
 @pytest.mark.parametrize(
@@ -88,12 +95,19 @@ def test_unsupported_names_the_format(name: str, word: str):
     assert word in decode(FILES[name][0], POLICY).reason
 
 
-def test_nothing_is_written_to_stderr_or_the_log(capfd: pytest.CaptureFixture, caplog: pytest.LogCaptureFixture):
-    for data, _ in FILES.values():
-        decode(data, POLICY)
-        decode(data[: len(data) * 2 // 3], POLICY)
-    assert capfd.readouterr() == ("", "")
-    assert caplog.text == ""
+def test_importing_is_light_and_decoding_silent():
+    code = """if True:
+        import sys, tests.hostile as hostile
+        from tasks.images import DecodePolicy, decode
+        odd_metadata = hostile.tiff_with(0x0103, 1, count=2)
+        assert decode(odd_metadata, DecodePolicy()).status == "ok"
+        for data, _ in hostile.hostile_images().values():
+            decode(data, DecodePolicy())
+            decode(data[: len(data) * 2 // 3], DecodePolicy())
+        print(sorted({"tensorflow", "keras", "openvino", "pandas"} & set(sys.modules)))
+    """
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, cwd=Path(__file__).parents[1])
+    assert (done.stdout, done.stderr) == (b"[]\n", b"")
 
 
 @pytest.mark.parametrize("name", ["rgb.jpg", "rgb.png", "rotated.jpg", "two-pictures.mpo.jpg"])
@@ -278,8 +292,8 @@ def test_squash_averages_areas_and_interpolates_where_it_grows():
     assert fit(pixels, DecodePolicy(size=1))[0, 0].tolist() == [86, 86, 86]
     assert fit(pixels, DecodePolicy(size=2))[..., 0].tolist() == [[50, 122], [50, 122]]
     stripes = np.zeros((2, 64, 3), np.uint8)
-    stripes[:, ::2] = 255
-    assert np.ptp(fit(stripes, DecodePolicy(size=8))) == 0
+    stripes[:, ::4] = 200
+    assert (fit(stripes, DecodePolicy(size=8)) == 50).all()
     edge = np.repeat(np.repeat(np.array([[90, 90, 160, 160]], np.uint8)[..., None], 3, axis=-1), 4, axis=0)
     large = fit(edge, DecodePolicy(size=37))
     assert (large.min(), large.max()) == (90, 160)
@@ -290,7 +304,9 @@ def test_nothing_changes_at_the_right_size(resize: str):
     pixels = np.random.default_rng(1).integers(0, 256, (9, 9, 3), np.uint8)
     policy = DecodePolicy(size=9, resize=resize)
     assert np.shares_memory(fit(pixels, policy), pixels)
-    np.testing.assert_array_equal(decoded(encode_png(pixels), policy), pixels)
+    outcome = decode(encode_png(pixels), policy)
+    np.testing.assert_array_equal(outcome.pixels, pixels)
+    assert outcome.pixels.flags.writeable
 
 
 @pytest.mark.parametrize(("width", "height"), [(640, 512), (1001, 751), (517, 2000)])
@@ -325,11 +341,17 @@ def test_pixel_limit_is_the_policys_alone():
 
 
 def test_no_memory_is_too_large(monkeypatch: pytest.MonkeyPatch):
-    def fail(*_: object) -> None:
-        raise MemoryError
-
-    monkeypatch.setattr(tasks.images, "fit", fail)
+    monkeypatch.setattr(tasks.images, "fit", failing(MemoryError()))
     assert decode(FILES["rgb.png"][0], POLICY).status == Status.TOO_LARGE
+
+
+def test_reasons_are_one_short_line_of_ascii(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(tasks.images, "fit", failing(ValueError("grüße\n" * 500)))
+    outcome = decode(FILES["rgb.png"][0], POLICY)
+    assert outcome.status == Status.TRUNCATED
+    assert outcome.reason.isascii()
+    assert outcome.reason.isprintable()
+    assert len(outcome.reason) < 220
 
 
 @settings(derandomize=True, max_examples=300, deadline=None, database=None)
@@ -403,10 +425,9 @@ def test_a_link_to_a_file_is_that_file(tmp_path: Path):
 
 @pytest.mark.parametrize("error", [PermissionError(13, "Permission denied"), OSError(5, "Input/output error")])
 def test_no_permission_and_disk_errors_are_unreadable(monkeypatch, tmp_path: Path, error: OSError):
-    def fail(*_: object, **__: object) -> int:
-        raise error
-
-    monkeypatch.setattr(os, "open", fail)  # root may read everything, so the file's own mode would prove nothing
+    monkeypatch.setattr(
+        os, "open", failing(error)
+    )  # root may read everything, so the file's own mode would prove nothing
     outcome, _ = read_and_decode(tmp_path / "secret.jpg", POLICY)
     assert (outcome.status, outcome.reason) == (Status.UNREADABLE, error.strerror)
 
@@ -432,8 +453,3 @@ def test_encode_png_can_be_read_elsewhere():
     pixels = np.asarray(photo())
     read = cv2.imdecode(np.frombuffer(encode_png(pixels), np.uint8), cv2.IMREAD_COLOR_RGB)
     np.testing.assert_array_equal(read, pixels)
-
-
-def test_importing_is_light():
-    code = "import sys, tasks.images; print(sorted({'tensorflow', 'keras', 'openvino', 'pandas'} & set(sys.modules)))"
-    assert subprocess.run([sys.executable, "-c", code], check=True, capture_output=True).stdout == b"[]\n"
