@@ -168,7 +168,7 @@ def _zip_members(archive: Path, inspector: Inspector) -> Iterator[tuple[str, byt
     with zipfile.ZipFile(archive) as opened:
         for info in opened.infolist():
             raw_name = _zip_name(info, inspector)
-            name = inspector.admit(raw_name, info.file_size, is_folder=info.is_dir())
+            name = inspector.admit(raw_name, info.file_size, is_folder=raw_name.endswith("/"))
             if stat.S_IFMT(info.external_attr >> 16) not in (0, stat.S_IFREG, stat.S_IFDIR):
                 raise inspector.refuse(raw_name, "it is a link or a device; only files are allowed")
             if info.flag_bits & 0x1:

@@ -761,6 +761,7 @@ def test_cifar10_is_verified_and_kept_as_it_came(tmp_path: Path, paths: tuple[Pa
     [
         ({"test_batch.bin": None}, "the archive lacks test_batch.bin"),
         ({"data_batch_2.bin": bytes(3072)}, "data_batch_2.bin has 3,072 bytes, no multiple of 3,073"),
+        ({"data_batch_2.bin": bytes(3074)}, "data_batch_2.bin has 3,074 bytes"),
         ({"data_batch_2.bin": b""}, "data_batch_2.bin has 0 bytes"),
         ({"data_batch_3.bin": b"\x0a" + bytes(3072)}, "holds the label 10, at most 9"),
         ({"batches.meta.txt": b"cat\ndog\n"}, "holds 2 class names, 10 are needed"),
