@@ -55,6 +55,11 @@ class DownloadParams(TransferParams):
     max_total_bytes: int = Field(archives.MAX_TOTAL_BYTES, gt=0)
     max_members: int = Field(archives.MAX_MEMBERS, gt=0)
 
+    @field_validator("urls", mode="before")
+    @classmethod
+    def _one_is_a_list_of_one(cls, urls: object) -> object:
+        return (urls,) if isinstance(urls, str) else urls
+
     @field_validator("urls")
     @classmethod
     def _known_schemes(cls, urls: tuple[str, ...]) -> tuple[str, ...]:

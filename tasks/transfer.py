@@ -100,7 +100,7 @@ def fetch(url: str, folder: Path, expected: Expected, params: TransferParams) ->
                 most = max(most, partial.size)
                 partial.trim(expected)
                 if misses >= params.attempts:
-                    raise MirrorFailed(f"{problem} (given up after {misses} attempts)") from None
+                    raise MirrorFailed(f"{problem} (given up at attempt {misses})") from None
                 print(f"{shown(url)}: {problem}; trying again from byte {partial.size:,}", flush=True)
                 time.sleep(min(MAX_WAIT_SECONDS, params.retry_wait_seconds * 2 ** max(0, misses - 1)))
 

@@ -108,7 +108,7 @@ def test_attempts_that_bring_much_do_not_count(
 ) -> None:
     out, partial = paths
     url = server.add("/a.tar", body=archive, drop_after=30_000, etag='"v1"')
-    with pytest.raises(NightlyError, match="given up after 3 attempts"):
+    with pytest.raises(NightlyError, match="given up at attempt 3"):
         download(out, params(url), partial)
     monkeypatch.setattr(transfer, "PROGRESS_BYTES", 20_000)
     download(out, params(url), partial)
@@ -599,6 +599,10 @@ def test_the_original_facts_hold_for_cifar10_unless_any_is_given() -> None:
     own = params("x", source="cifar10", size_bytes=5).expected
     assert (own.size_bytes, own.sha256) == (5, None)
     assert params("x").expected.sha256 is None
+
+
+def test_one_address_needs_no_list() -> None:
+    assert DownloadParams(source="folder", urls="a.tar").urls == ("a.tar",)
 
 
 # --- folders and local archives ---
