@@ -320,12 +320,13 @@ def _assign(manifest: pd.DataFrame, params: PrepareParams) -> pd.DataFrame:
 
 def _write_split(folder: Path, pixels: np.ndarray, chosen: pd.DataFrame, classes: list[str]) -> None:
     folder.mkdir()
-    shape = (len(chosen), *pixels.shape[1:])
-    images = np.lib.format.open_memmap(folder / "images.npy", mode="w+", dtype=np.uint8, shape=shape)
     rows = chosen.row.to_numpy()
-    for start in range(0, len(rows), CHUNK):
-        images[start : start + CHUNK] = pixels[rows[start : start + CHUNK]]
-    images.flush()
+    # Written, not mapped: on a full disk a mapped file ends the process with a signal instead of an error.
+    with (folder / "images.npy").open("wb") as file:
+        header = {"descr": "|u1", "fortran_order": False, "shape": (len(rows), *pixels.shape[1:])}
+        np.lib.format.write_array_header_1_0(file, header)
+        for start in range(0, len(rows), CHUNK):
+            file.write(pixels[rows[start : start + CHUNK]].tobytes())
     index = {name: number for number, name in enumerate(classes)}
     np.save(folder / "targets.npy", one_hot(chosen["class"].map(index).to_numpy(int), len(classes)))
 

@@ -39,9 +39,7 @@ def test_the_momentum_reaches_every_batch_normalization_of_the_backbone(resnet):
 
 
 def test_the_notebooks_head_layer_by_layer(tiny_backbone):
-    params = ModelParams(
-        doublings=3, pool="flatten", head_units=(128, 64), head_batch_normalization=True, dropout=0.5
-    )
+    params = ModelParams(doublings=3, pool="flatten", head_units=(128, 64), head_batch_normalization=True, dropout=0.5)
     model = build_classifier(params, 32, 10, UNIT)
     names = [type(layer).__name__ for layer in model.layers]
     head = names[names.index("Flatten") :]

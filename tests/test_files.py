@@ -74,4 +74,6 @@ def test_errors_are_one_plain_line():
     full = describe(OSError(errno.ENOSPC, "No space left on device", "out.bin"))
     assert "disk is full (out.bin)" in full
     assert describe(PermissionError(errno.EACCES, "Permission denied", "secret")) == "no permission (secret)"
-    assert describe(FileNotFoundError(errno.ENOENT, "No such file or directory", "x")) == "No such file or directory (x)"
+    assert (
+        describe(FileNotFoundError(errno.ENOENT, "No such file or directory", "x")) == "No such file or directory (x)"
+    )

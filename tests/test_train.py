@@ -153,9 +153,7 @@ def test_mixed_precision_trains_and_saves_float32(prepared, augmented, tiny_back
 def test_the_same_seed_gives_the_same_model(prepared, augmented, tiny_backbone, tmp_path):
     ids = []
     for name, seed in (("a", 5), ("b", 5), ("c", 6)):
-        summary = train(
-            prepared, augmented, tmp_path / name, QUICK.changed(seed=seed), ModelParams(), AugmentParams()
-        )
+        summary = train(prepared, augmented, tmp_path / name, QUICK.changed(seed=seed), ModelParams(), AugmentParams())
         ids.append(summary.model_id)
     assert ids[0] == ids[1]
     assert ids[0] != ids[2]
