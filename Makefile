@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test check bench lock clean
+.PHONY: help setup run repro test check bench lock clean
 
 help: ## show this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -20,6 +20,9 @@ $(VENV)/ready: requirements.lock pyproject.toml
 
 run: setup ## the main job on the embedded digits: train, judge, promote, predict a folder
 	$(BIN)/nightly retrain --predict data/prepared/examples
+
+repro: setup ## dvc repro: rebuild what an edit made stale, nothing else
+	$(BIN)/dvc repro
 
 test: setup ## lint, import contracts and every test
 	$(BIN)/ruff check .

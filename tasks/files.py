@@ -1,5 +1,6 @@
 """Files that are either complete or absent: everything is written aside and renamed into place."""
 
+import glob
 import hashlib
 import json
 import os
@@ -12,7 +13,7 @@ from typing import Any
 
 def partial_path(destination: Path) -> Path:
     """Return the name under which ``destination`` is written before it is complete."""
-    return destination.with_name(f".{destination.name}.partial-{os.getpid()}")
+    return _aside(destination, "partial")
 
 
 @contextmanager
@@ -36,15 +37,15 @@ def publish_directory(destination: Path) -> Iterator[Path]:
     An older ``destination`` stays readable until the new one is complete.
     """
     destination.parent.mkdir(parents=True, exist_ok=True)
+    _tidy_up(destination)
     partial = partial_path(destination)
-    shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
     try:
         yield partial
         for file in partial.rglob("*"):
             if file.is_file():
                 _sync(file)
-        old = destination.with_name(f".{destination.name}.old-{os.getpid()}")
+        old = _aside(destination, "old")
         if destination.exists():
             destination.rename(old)
         partial.rename(destination)
@@ -52,6 +53,23 @@ def publish_directory(destination: Path) -> Iterator[Path]:
         shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _aside(destination: Path, kind: str) -> Path:
+    return destination.with_name(f".{destination.name}.{kind}-{os.getpid()}")
+
+
+def _tidy_up(destination: Path) -> None:
+    """Remove what killed processes left beside ``destination``; put an old one back that they moved aside."""
+    for kind in ("old", "partial"):
+        for left in destination.parent.glob(f".{glob.escape(destination.name)}.{kind}-*"):
+            owner = left.name.rpartition("-")[2]
+            if owner.isdigit() and int(owner) != os.getpid() and Path("/proc", owner).exists():
+                continue
+            if kind == "old" and not destination.exists():
+                left.rename(destination)
+            else:
+                shutil.rmtree(left, ignore_errors=True)
 
 
 def write_text(destination: Path, text: str) -> None:

@@ -26,16 +26,14 @@ def progress(description: str, total: int | None, unit: str = "images") -> Itera
 
 @contextmanager
 def _terminal_bar(description: str, total: int | None, unit: str) -> Iterator[Advance]:
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    import rich.progress as bars
 
-    columns = [
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn(unit),
-        TimeRemainingColumn(),
-    ]
-    with Progress(*columns, transient=True) as bar:
+    if unit == "bytes":
+        counts = [bars.DownloadColumn(), bars.TransferSpeedColumn()]
+    else:
+        counts = [bars.MofNCompleteColumn(), bars.TextColumn(unit)]
+    columns = [bars.TextColumn("{task.description}"), bars.BarColumn(), *counts, bars.TimeRemainingColumn()]
+    with bars.Progress(*columns, transient=True) as bar:
         task = bar.add_task(description, total=total)
         yield lambda count: bar.advance(task, count)
 

@@ -1,5 +1,6 @@
 import errno
 import json
+import os
 
 import pytest
 
@@ -44,15 +45,31 @@ def test_a_directory_appears_whole_or_not_at_all(tmp_path):
     assert names(tmp_path) == ["bundle"]
 
 
-def test_what_a_killed_run_left_behind_does_not_mix_with_the_next(tmp_path):
-    target = tmp_path / "bundle"
-    with publish_directory(target) as partial:
-        left_behind = partial
-    left_behind.mkdir()
-    (left_behind / "stale").write_text("x")
-    with publish_directory(target) as partial:
+def left_behind(tmp_path, kind, owner):
+    folder = tmp_path / f".bundle.{kind}-{owner}"
+    folder.mkdir()
+    (folder / "stale").write_text("x")
+    return folder
+
+
+def test_what_a_killed_run_left_behind_is_removed(tmp_path):
+    dead = left_behind(tmp_path, "partial", 2**22 + 1)  # above the largest process number
+    own = left_behind(tmp_path, "partial", os.getpid())
+    alive = left_behind(tmp_path, "partial", os.getppid())
+    with publish_directory(tmp_path / "bundle") as partial:
         (partial / "fresh").write_text("y")
-    assert names(target) == ["fresh"]
+    assert names(tmp_path / "bundle") == ["fresh"]
+    assert not dead.exists()
+    assert not own.exists()
+    assert alive.exists(), "another process may still be writing there"
+
+
+def test_a_kill_between_the_two_renames_loses_nothing(tmp_path):
+    left_behind(tmp_path, "old", 2**22 + 1)
+    with pytest.raises(Trouble), publish_directory(tmp_path / "bundle"):
+        raise Trouble
+    assert names(tmp_path / "bundle") == ["stale"]
+    assert names(tmp_path) == ["bundle"]
 
 
 def test_json_is_written_for_people_and_without_nan(tmp_path):
