@@ -67,19 +67,18 @@ def retrain(
 
     Exit code 75: another retraining is at work, nothing was done.
     """
-    from flows.console import calm_format, calm_handlers
+    from flows.console import calm_terminal
     from flows.workspace import find_workspace
 
     workspace = find_workspace()
     folder = predict.resolve() if predict else None
     # Stages, DVC and the flow itself live at the root, wherever in the workspace this was typed.
     os.chdir(workspace.root)
-    calm_format()
+    calm_terminal(who_tells="command")
 
     from flows import retrain as flows_retrain
     from flows.summary import print_night
 
-    calm_handlers()
     _announce_server()
     state = flows_retrain.retrain(predict=folder, force=force, return_state=True)
     night = state.result()
@@ -150,7 +149,7 @@ def predict(
 @app.command(epilog="Example: nightly serve")
 def serve() -> None:
     """Start the retraining every night, at the hour in the section 'serve' of params.yaml."""
-    from flows.console import calm_format, calm_handlers
+    from flows.console import calm_terminal
     from flows.server import require_server
     from flows.settings import read_settings
     from flows.workspace import find_workspace
@@ -158,12 +157,11 @@ def serve() -> None:
     workspace = find_workspace()
     os.chdir(workspace.root)
     params = read_settings(workspace.params)["serve"]
-    calm_format()
+    calm_terminal(who_tells="flow")
     url = require_server()
 
     from flows import serve as flows_serve
 
-    calm_handlers()
     runner, deployment_id = flows_serve.register(params)
     flows_serve.require_active(deployment_id, params)
     _print_pairs(

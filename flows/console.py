@@ -8,6 +8,9 @@ from tasks.errors import NightlyError, describe
 #: What Prefect says about itself; states and errors are reported by the flow in plain words.
 _CHATTER = ("Beginning flow run", "Finished in state", "Created task run", "Submitted task run")
 
+#: Names this setting to the processes that a served flow runs in.
+_CALM = "NIGHTLY_CALM"
+
 _TERMINAL_FORMAT = {
     "PREFECT_LOGGING_LEVEL": "WARNING",
     "PREFECT_LOGGING_LOGGERS_PREFECT_FLOW_RUNS_LEVEL": "INFO",
@@ -32,27 +35,36 @@ class ExpectedErrors(logging.Filter):
 
 
 class Calm(logging.Filter):
-    """Leaves Prefect's own words out of a terminal, and errors that the command line prints itself at the end."""
+    """Leaves Prefect's own words out of a terminal, and says an expected error at most once.
+
+    Args:
+        who_tells: ``flow`` where the flow run says it; ``command`` where the command line does at its end.
+    """
+
+    def __init__(self, who_tells: str) -> None:
+        super().__init__()
+        self.error_teller = "prefect.flow_runs" if who_tells == "flow" else None
 
     def filter(self, record: logging.LogRecord) -> bool:
-        return not (getattr(record, "expected", False) or str(record.msg).startswith(_CHATTER))
+        if getattr(record, "expected", False):
+            return record.name == self.error_teller
+        return not str(record.msg).startswith(_CHATTER)
 
 
 def shorten_expected_errors() -> None:
-    """Install :class:`ExpectedErrors`; a second call changes nothing."""
+    """Install :class:`ExpectedErrors`; only works after Prefect is imported, and more than once is no harm."""
     for name in ("prefect.flow_runs", "prefect.task_runs"):
         logger = logging.getLogger(name)
         if not any(isinstance(present, ExpectedErrors) for present in logger.filters):
             logger.addFilter(ExpectedErrors())
+    if who_tells := os.environ.get(_CALM):
+        for handler in logging.getLogger().handlers:
+            if not any(isinstance(present, Calm) for present in handler.filters):
+                handler.addFilter(Calm(who_tells))
 
 
-def calm_format() -> None:
-    """Set the log format of a terminal; only works before Prefect is imported."""
+def calm_terminal(who_tells: str) -> None:
+    """Make the log of this process and its flow runs read well; only works before Prefect is imported."""
     for name, value in _TERMINAL_FORMAT.items():
         os.environ.setdefault(name, value)
-
-
-def calm_handlers() -> None:
-    """Keep Prefect's own words out of the terminal; only works after Prefect is imported."""
-    for handler in logging.getLogger().handlers:
-        handler.addFilter(Calm())
+    os.environ[_CALM] = who_tells

@@ -77,6 +77,7 @@ def retrain(predict: Path | None = None, force: bool = False) -> Night:
             create_markdown_artifact(key="night", markdown=markdown(night), description=night.headline)
             return night
     except (Busy, TooLate) as reason:
+        get_run_logger().info("skipped: %s", reason, extra={"expected": True})
         return Completed(name="Skipped", message=str(reason))
 
 

@@ -1,6 +1,9 @@
 """Every night at the hour in ``params.yaml``: a process that runs the retraining flow on a schedule."""
 
 import asyncio
+import logging
+import signal
+import sys
 from datetime import datetime
 from uuid import UUID
 from zoneinfo import ZoneInfo
@@ -17,6 +20,15 @@ from tasks.errors import NightlyError
 DEPLOYMENT = "nightly"
 
 
+class NightlyRunner(Runner):
+    """Prefect's runner with an end that works: its own never awaits its coroutine and survives a Ctrl-C."""
+
+    def handle_sigterm(self, number: int, *_: object) -> None:
+        # Tasks that are cancelled on the way out have nothing to report.
+        logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+        sys.exit(128 + number if number == signal.SIGINT else 0)
+
+
 def fire_times(params: ServeParams, count: int = 3, start: datetime | None = None) -> list[datetime]:
     """Return the next ``count`` starts of the nightly run, in its own time zone."""
     from prefect.server.schemas.schedules import CronSchedule
@@ -27,13 +39,13 @@ def fire_times(params: ServeParams, count: int = 3, start: datetime | None = Non
     return [time.astimezone(zone) for time in times]
 
 
-def register(params: ServeParams) -> tuple[Runner, UUID]:
+def register(params: ServeParams) -> tuple[NightlyRunner, UUID]:
     """Put the schedule on the server and return what will run it, with the deployment's id.
 
     Stopping the process leaves the schedule active, where Prefect's own default would pause it, so that a
     restart goes on with it.
     """
-    runner = Runner(name=DEPLOYMENT, pause_on_shutdown=False)
+    runner = NightlyRunner(name=DEPLOYMENT, pause_on_shutdown=False)
     deployment_id = runner.add_flow(
         retrain,
         name=DEPLOYMENT,
@@ -62,6 +74,7 @@ def require_active(deployment_id: UUID, params: ServeParams) -> None:
         )
 
 
-def run_for_ever(runner: Runner) -> None:
-    """Start runs when they are due, until this process is stopped."""
+def run_for_ever(runner: NightlyRunner) -> None:
+    """Start runs when they are due, until this process is stopped; a run that is on then stops with it."""
+    signal.signal(signal.SIGINT, runner.handle_sigterm)
     asyncio.run(runner.start())

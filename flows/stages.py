@@ -33,6 +33,7 @@ _CHATTER = (
     "\tdvc config core.autostage",
     "Use `dvc push` to send your updates to remote storage.",
     "Data and pipelines are up to date.",
+    "WARNING: Process '",  # ... had been killed: of a run that was stopped, and DVC has put it right
     "error: ",
     "ERROR: ",
 )

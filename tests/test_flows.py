@@ -252,6 +252,20 @@ def test_the_schedule_stands_on_the_server_and_stays_active(workspace):
     serve.require_active(again, params)
 
 
+def test_the_server_makes_runs_out_of_the_schedule(workspace):
+    """Some versions of the server's libraries take a schedule and then never start anything."""
+    from prefect.client.orchestration import get_client
+
+    from flows import serve
+
+    _, deployment_id = serve.register(ServeParams(cron="30 3 * * *", timezone="Europe/Madrid"))
+    with get_client(sync_client=True) as client:
+        client.request("POST", "/deployments/{id}/schedule", path_params={"id": deployment_id})
+        runs = [run for run in client.read_flow_runs() if run.deployment_id == deployment_id]
+    assert runs
+    assert all(run.state_name == "Scheduled" for run in runs)
+
+
 def test_the_hour_stays_the_same_when_the_clocks_change():
     from flows.serve import fire_times
 
