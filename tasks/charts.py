@@ -156,7 +156,8 @@ def line_chart(
         if len(finite[one.name]) == 1:
             x, y = finite[one.name][0]
             plane.add('<circle cx="{x}" cy="{y}" r="3" class="{tone}"/>', x=plane.x(x), y=plane.y(y), tone=one.tone)
-    labels = sorted((plane.y(finite[s.name][-1][1]), s) for s in shown)
+    # By height alone: curves that end on the same value keep their order.
+    labels = sorted(((plane.y(finite[s.name][-1][1]), s) for s in shown), key=lambda label: label[0])
     previous = -math.inf
     for at, one in labels:
         previous = max(at, previous + 13)

@@ -1,7 +1,10 @@
 """Write the fast inference engines beside the model, and prove that they agree with it."""
 
 import argparse
+import os
 import shutil
+import subprocess
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -124,8 +127,26 @@ def export(candidate: Path, prepared: Path, out: Path, params: ExportParams) -> 
 
 def write_openvino(bundle: Bundle) -> None:
     """Convert the bundle's Keras model to OpenVINO's format, beside it."""
-    bundle.openvino_file.parent.mkdir(parents=True, exist_ok=True)
-    load_keras_model(bundle).export(str(bundle.openvino_file), format="openvino", verbose=False)
+    import keras
+
+    if keras.backend.backend() in ("tensorflow", "openvino"):
+        bundle.openvino_file.parent.mkdir(parents=True, exist_ok=True)
+        load_keras_model(bundle).export(str(bundle.openvino_file), format="openvino", verbose=False)
+        return
+    # From JAX Keras would go through TensorFlow, which need not be installed. Its OpenVINO backend needs neither,
+    # but a process has one backend, chosen when Keras is imported.
+    code = "import sys; from tasks.export import convert; convert(sys.argv[1])"
+    command = [sys.executable, "-W", "ignore", "-c", code, str(bundle.path)]
+    environment = {**os.environ, "KERAS_BACKEND": "openvino"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        reason = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+        raise NightlyError(f"{bundle.path} cannot be converted to OpenVINO: {reason}")
+
+
+def convert(directory: str) -> None:
+    """Convert the bundle in ``directory`` by the backend of this process."""
+    write_openvino(load_bundle(Path(directory)))
 
 
 def main() -> None:

@@ -228,6 +228,12 @@ def test_a_line_has_gaps_where_values_are_missing_and_one_value_is_a_dot():
     assert charts.line_chart([charts.Series("a", [(1, float("nan"))], "ink")], "x") == ""
 
 
+def test_curves_that_end_on_the_same_value_are_drawn_one_above_the_other():
+    same = [charts.Series(name, [(1, 0.5), (2, 1.0)], "ink") for name in ("training", "validation")]
+    chart = charts.line_chart(same, "x")
+    assert chart.index(">training<") < chart.index(">validation<")
+
+
 def test_nearby_axis_labels_of_shares_differ():
     chart = charts.line_chart([charts.Series("a", [(1, 0.985), (2, 0.99)], "ink")], "x", y_text=charts.round_percent)
     labels = re.findall(r'text-anchor="end">([^<]*)<', chart)
