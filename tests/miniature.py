@@ -1,13 +1,13 @@
-"""A workspace with git, DVC and three quick stages in place of the real ones, so that no network is trained.
-
-``knobs.json`` says what model comes out: its id, accuracy, classes and test digest.
-"""
+"""Models that are only files, and a workspace with git, DVC and three quick stages in place of the real ones."""
 
 import json
 import subprocess
 import sys
 import textwrap
 from pathlib import Path
+
+from tasks.bundle import MODEL_FILE, Bundle
+from tasks.files import write_json
 
 STAGES = """
     stages:
@@ -98,8 +98,42 @@ EVALUATE = """
 """
 
 
+def metrics(model_id: str, accuracy: float, classes: str = "ab", test_digest: str = "t1") -> dict:
+    return {
+        "model_id": model_id,
+        "test_digest": test_digest,
+        "accuracy": accuracy,
+        "per_class": {name: {} for name in classes},
+    }
+
+
+def export(root: Path, model_id: str, accuracy: float = 0.9) -> tuple[Path, Path]:
+    """Write what the stages export and evaluate leave behind."""
+    exported, evaluation = root / "exported", root / "evaluation"
+    exported.mkdir(parents=True, exist_ok=True)
+    evaluation.mkdir(exist_ok=True)
+    Bundle(
+        path=exported,
+        format=1,
+        id=model_id,
+        created="2026-01-01T00:00:00+00:00",
+        classes=["a", "b"],
+        decode={"size": 8},
+        normalization={"mode": "unit"},
+        parameters={},
+        data_digest=f"data-of-{model_id}",
+        test_digest="t1",
+        libraries={},
+        training={},
+    ).save()
+    (exported / MODEL_FILE).write_text(f"weights of {model_id}")
+    write_json(evaluation / "metrics.json", metrics(model_id, accuracy))
+    (evaluation / "report.html").write_text("<p>report")
+    return exported, evaluation
+
+
 class Miniature:
-    """The workspace at ``root``."""
+    """The workspace at ``root``; its ``knobs.json`` says what model comes out: id, accuracy, classes, test digest."""
 
     def __init__(self, root: Path) -> None:
         self.root = root

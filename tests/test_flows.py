@@ -11,6 +11,7 @@ from pathlib import Path
 from zoneinfo import ZoneInfo
 
 import pytest
+import yaml
 
 from flows.child import StageFailed
 from flows.settings import ServeParams
@@ -229,6 +230,31 @@ def test_stopping_the_flow_stops_the_training_and_frees_the_workspace(workspace,
     assert not any(b"work.py\x00train" in line for line in command_lines)
 
 
+def test_a_skipped_and_a_failed_night_end_with_one_clear_line_in_a_terminal(workspace, server):
+    def nightly_retrain() -> subprocess.CompletedProcess:
+        return subprocess.run(
+            [sys.executable, "-m", "flows.cli", "retrain"],
+            cwd=workspace.root / "data",
+            env={**os.environ, "PREFECT_API_URL": server},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+
+    with locked(Workspace(workspace.root), "nightly retrain"):
+        done = nightly_retrain()
+    assert done.returncode == 75
+    assert done.stderr.splitlines()[-1].startswith("skipped: the workspace is busy: 'nightly retrain' (process ")
+    assert done.stderr.count("busy") == 1
+
+    workspace.set(accuracy=None)
+    done = nightly_retrain()
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith("error: train: train.learning_rate is too large: the loss is not")
+    assert done.stderr.count("learning_rate") == 1
+    assert "Traceback" not in done.stderr
+
+
 # --- serve
 
 
@@ -273,6 +299,15 @@ def test_the_hour_stays_the_same_when_the_clocks_change():
     # The night of 29 March 2026 has no 2:00 in Madrid.
     times = fire_times(params, 4, datetime(2026, 3, 27, 12, tzinfo=ZoneInfo("Europe/Madrid")))
     assert [f"{time:%d %H}" for time in (times[0], times[2], times[3])] == ["28 02", "30 02", "31 02"]
+
+
+def test_the_workers_deployment_has_the_default_schedule():
+    project = yaml.safe_load((Path(__file__).parent.parent / "prefect.yaml").read_text())
+    [deployment] = project["deployments"]
+    default = ServeParams()
+    assert deployment["schedules"] == [{"cron": default.cron, "timezone": default.timezone}]
+    module, _, name = deployment["entrypoint"].rpartition(".")
+    assert getattr(importlib.import_module(module), name).name == "retrain"
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tasks import promote as module
-from tasks.bundle import MODEL_FILE, Bundle
+from tasks.bundle import MODEL_FILE
 from tasks.errors import NightlyError
 from tasks.files import read_json, write_json
 from tasks.promote import (
@@ -25,40 +25,7 @@ from tasks.promote import (
     rollback,
     rollback_target,
 )
-
-
-def metrics(model_id: str, accuracy: float, classes: str = "ab", test_digest: str = "t1") -> dict:
-    return {
-        "model_id": model_id,
-        "test_digest": test_digest,
-        "accuracy": accuracy,
-        "per_class": {name: {} for name in classes},
-    }
-
-
-def export(root: Path, model_id: str, accuracy: float = 0.9) -> tuple[Path, Path]:
-    """Write what the stages export and evaluate leave behind."""
-    exported, evaluation = root / "exported", root / "evaluation"
-    exported.mkdir(parents=True, exist_ok=True)
-    evaluation.mkdir(exist_ok=True)
-    Bundle(
-        path=exported,
-        format=1,
-        id=model_id,
-        created="2026-01-01T00:00:00+00:00",
-        classes=["a", "b"],
-        decode={"size": 8},
-        normalization={"mode": "unit"},
-        parameters={},
-        data_digest=f"data-of-{model_id}",
-        test_digest="t1",
-        libraries={},
-        training={},
-    ).save()
-    (exported / MODEL_FILE).write_text(f"weights of {model_id}")
-    write_json(evaluation / "metrics.json", metrics(model_id, accuracy))
-    (evaluation / "report.html").write_text("<p>report")
-    return exported, evaluation
+from tests.miniature import export, metrics
 
 
 @pytest.fixture
