@@ -1,5 +1,6 @@
 """The flows on a real Prefect server, with a miniature of the pipeline in place of the real stages."""
 
+import importlib
 import os
 import re
 import signal
