@@ -66,7 +66,7 @@ class Evaluation:
     hits: list[int]
 
 
-def summarise(
+def summarize(
     probabilities: Mapping[str, np.ndarray],
     targets: np.ndarray,
     classes: list[str],
@@ -163,7 +163,7 @@ def evaluate(exported: Path, prepared: Path, out: Path, params: EvaluateParams) 
     probabilities = {}
     for name in dict.fromkeys([REFERENCE, *bundle.engines]):
         probabilities[name] = _run(open_engine(bundle, name, batch_size=params.batch_size), images)
-    evaluation = summarise(
+    evaluation = summarize(
         probabilities,
         targets,
         bundle.classes,

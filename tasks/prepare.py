@@ -180,8 +180,8 @@ def near_duplicates(pixels: np.ndarray, rows: np.ndarray) -> list[tuple[int, int
     by_hash: dict[bytes, int] = {}
     pairs = []
     for row in rows:
-        grey = cv2.cvtColor(pixels[row], cv2.COLOR_RGB2GRAY)
-        small = cv2.resize(grey, (9, 8), interpolation=cv2.INTER_AREA)
+        gray = cv2.cvtColor(pixels[row], cv2.COLOR_RGB2GRAY)
+        small = cv2.resize(gray, (9, 8), interpolation=cv2.INTER_AREA)
         key = np.packbits(small[:, 1:] > small[:, :-1]).tobytes()
         earlier = by_hash.get(key)
         if earlier is not None:

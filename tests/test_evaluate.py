@@ -6,7 +6,7 @@ import pytest
 
 from tasks import evaluate as stage
 from tasks.errors import NightlyError
-from tasks.evaluate import EvaluateParams, evaluate, summarise
+from tasks.evaluate import EvaluateParams, evaluate, summarize
 from tasks.files import write_json
 
 CLASSES = ["cat", "dog", "eel"]
@@ -18,7 +18,7 @@ FACTS = {"model_id": "abc", "test_digest": "d1", "threshold": 0.6}
 
 def measured(probabilities=None, targets=TARGETS, params=None, **facts):
     probabilities = probabilities or {"keras-float32": KERAS, "openvino-float32": OTHER}
-    return summarise(probabilities, targets, CLASSES, params or EvaluateParams(), **{**FACTS, **facts})
+    return summarize(probabilities, targets, CLASSES, params or EvaluateParams(), **{**FACTS, **facts})
 
 
 def test_every_figure_of_four_images():

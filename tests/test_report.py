@@ -10,7 +10,7 @@ from PIL import Image
 
 from tasks import charts
 from tasks.datacard import render_data_card
-from tasks.evaluate import EvaluateParams, summarise
+from tasks.evaluate import EvaluateParams, summarize
 from tasks.metrics import calibration_bins
 from tasks.pages import thumbnail, thumbnail_edge
 from tasks.report import MATRIX_CLASSES, Picture, ReportData, render_report
@@ -47,7 +47,7 @@ def report_data(classes=None, count=300, size=8, quality=2.0, pictures=4, thresh
     scores = random.normal(size=(count, len(classes))) + quality * np.eye(len(classes))[targets]
     probabilities = np.exp(scores) / np.exp(scores).sum(axis=1, keepdims=True)
     engines = {"keras-float32": probabilities, "openvino-bfloat16": probabilities.round(2)}
-    found = summarise(
+    found = summarize(
         engines,
         targets,
         classes,
