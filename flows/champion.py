@@ -35,22 +35,39 @@ def judge_exported(workspace: Workspace, rules: RetrainParams, log: Path, emit: 
         same_classes = set(champion["per_class"]) == set(challenger["per_class"])
         if same_classes and champion["test_digest"] != challenger["test_digest"]:
             champion = _measured_anew(workspace, path, challenger["test_digest"], log, emit) or champion
-    return Judgement(
-        registry.judge(challenger, champion, rules.minimum_gain, rules.accuracy_floor), challenger, champion
-    )
+    verdict = registry.judge(challenger, champion, rules.minimum_gain, rules.accuracy_floor)
+    if verdict.action == "promote":
+        verdict = _respect_rollback(workspace, challenger["model_id"]) or verdict
+    return Judgement(verdict, challenger, champion)
+
+
+def _respect_rollback(workspace: Workspace, model_id: str) -> Verdict | None:
+    """Hold a model that a person took out of service: its figures were better then, too."""
+    taken_out = registry.withdrawal(workspace.models, model_id)
+    if taken_out is None:
+        return None
+    by_hand = f"put it back by hand with 'nightly promote {model_id}'"
+    return Verdict("hold", [f"rolled back on {taken_out.time[:10]} ({'; '.join(taken_out.reasons)})", by_hand])
 
 
 def carry_out(workspace: Workspace, judgement: Judgement, patience_seconds: float, emit: Emit) -> None:
     """Promote or hold the model in ``models/exported``, as judged.
 
-    Holding the champion itself is no decision, so the ledger does not hear of nights without news.
+    Holding the champion itself is no decision, nor is holding the same model once more for the same reasons, so
+    the ledger does not hear of nights without news.
     """
-    if judgement.verdict.action == "promote":
+    models, verdict, model_id = workspace.models, judgement.verdict, judgement.challenger["model_id"]
+    if verdict.action == "promote":
         _register(workspace, patience_seconds, emit)
-        registry.promote(workspace.models, judgement.challenger["model_id"], judgement.verdict, judgement.champion)
-    elif judgement.challenger["model_id"] != registry.champion_id(workspace.models):
+        registry.promote(models, model_id, verdict, judgement.champion)
+    elif model_id != registry.champion_id(models) and not _said_already(models, model_id, verdict):
         digest = read_json(workspace.exported / "bundle.json")["data_digest"]
-        registry.hold(workspace.models, judgement.verdict, judgement.challenger, judgement.champion, digest)
+        registry.hold(models, verdict, judgement.challenger, judgement.champion, digest)
+
+
+def _said_already(models: Path, model_id: str, verdict: Verdict) -> bool:
+    last = registry.history(models)[-1:]
+    return [(entry.action, entry.id, entry.reasons) for entry in last] == [("hold", model_id, verdict.reasons)]
 
 
 def promote_by_hand(workspace: Workspace, model_id: str, reason: str, emit: Emit) -> Entry:

@@ -152,6 +152,17 @@ def rollback(models: Path, model_id: str, reason: str) -> Entry:
     return _put_in_service(models, "rollback", model_id, [reason], None)
 
 
+def withdrawal(models: Path, model_id: str) -> Entry | None:
+    """Return the rollback that took a model out of service, None if it never was or is back since."""
+    found = None
+    for entry in history(models):
+        if entry.action == "rollback" and entry.champion_before == model_id:
+            found = entry
+        elif entry.action != "hold" and entry.id == model_id:
+            found = None
+    return found
+
+
 def rollback_target(models: Path) -> str:
     """Return the id of the model that was in service before the champion was promoted.
 
