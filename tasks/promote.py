@@ -75,7 +75,7 @@ def judge(challenger: Metrics, champion: Metrics | None, minimum_gain: float, ac
     if obstacle := incomparable(challenger, champion):
         by_hand = f"put it in service by hand with 'nightly promote {challenger['model_id']}'"
         return Verdict("hold", [obstacle, f"if it is the one you want, {by_hand}"])
-    # Rounded, because 0.973 - 0.972 is a little less than 0.001 in binary.
+    # Rounded, because 0.938 - 0.937 is a little less than 0.001 in binary.
     gain = round(accuracy - champion["accuracy"], 9)
     difference = f"{abs(gain) * 100:.2f} points"
     if gain > 0 and gain >= minimum_gain:

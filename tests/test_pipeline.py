@@ -215,16 +215,23 @@ PARENT = """
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
-def test_a_family_dies_with_its_flow_however_that_ends(tmp_path, script, number):
+@pytest.mark.parametrize("ending", ["SIGKILL", "SIGTERM", "SIGINT", "Ctrl-C"])
+def test_a_family_dies_with_its_flow_however_that_ends(tmp_path, script, ending):
     (tmp_path / "family.py").write_text(textwrap.dedent(FAMILY))
     with subprocess.Popen(
-        [*script(PARENT), str(tmp_path)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        [*script(PARENT), str(tmp_path)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        start_new_session=True,
     ) as parent:
         pids = [int(pid) for pid in parent.stdout.readline().split()]
         assert len(pids) == 2
         assert all(map(alive, pids))
-        os.kill(parent.pid, number)
+        if ending == "Ctrl-C":  # a terminal signals the whole foreground group
+            os.killpg(parent.pid, signal.SIGINT)
+        else:
+            os.kill(parent.pid, signal.Signals[ending])
     wait_until(lambda: not any(map(alive, pids)))
 
 

@@ -65,6 +65,11 @@ def test_a_challenger_must_be_better_by_the_minimum_gain(accuracy, minimum_gain,
     assert verdict.reasons[0].startswith(reason)
 
 
+def test_a_gain_of_exactly_the_minimum_is_enough():
+    assert 0.938 - 0.937 < 0.001  # in binary
+    assert judge(metrics("new", 0.938), metrics("old", 0.937), 0.001, 0.5).action == "promote"
+
+
 def test_a_better_model_under_the_floor_is_held():
     assert judge(metrics("new", 0.4), metrics("old", 0.3), 0.0, 0.5).action == "hold"
 
