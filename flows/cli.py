@@ -197,11 +197,13 @@ def history(
     table = Table(box=None, header_style="bold", pad_edge=False)
     for heading in ("time", "decision", "model", "accuracy", "champion's", "why"):
         table.add_column(heading, no_wrap=heading != "why", justify="right" if heading in ("accuracy",) else "left")
+    # The decision that put the champion in service, and not every line about the same model.
+    current = next((entry for entry in reversed(entries) if entry.action != "hold" and entry.id == champion), None)
     for entry in entries[-limit:]:
         table.add_row(
             f"{datetime.fromisoformat(entry.time).astimezone():%Y-%m-%d %H:%M}",
             entry.action,
-            f"{entry.id} *" if entry.id == champion else entry.id,
+            f"{entry.id} *" if entry is current else entry.id,
             figure(entry.challenger, "accuracy", True),
             figure(entry.champion, "accuracy", True),
             "; ".join(entry.reasons),
@@ -276,7 +278,7 @@ def _print_pairs(console: "Console", pairs: dict[str, str]) -> None:
 
     for label, value in pairs.items():
         # Not wrapped: paths are there to be copied.
-        console.print(Text(f"{label:<13}", style="bold") + Text(value), soft_wrap=True)
+        console.print(Text.assemble((f"{label:<13}", "bold"), value), soft_wrap=True)
 
 
 def _print_change(entry: "Entry") -> None:

@@ -122,7 +122,7 @@ def print_night(night: Night, console: "Console") -> None:
     console.print()
     for label, text in rows:
         # Not wrapped: paths are there to be copied.
-        console.print(Text(f"{label:<13}", style="bold") + text, soft_wrap=True)
+        console.print(Text.assemble((f"{label:<13}", "bold"), text), soft_wrap=True)
 
 
 def _code(text: str | None) -> str:

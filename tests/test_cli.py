@@ -196,12 +196,14 @@ def test_an_unknown_section_is_answered_with_the_nearest(tmp_path):
 # --- history, promote, rollback
 
 
-def test_history_shows_decisions_and_marks_the_champion(nightly, workspace):
+def test_history_shows_decisions_and_marks_the_one_that_counts(nightly, workspace):
+    registry.hold(workspace.models, registry.Verdict("hold", ["worse"]), metrics("bbb", 0.95), None, "d1")
     code, out, _ = nightly("history")
     assert code == 0
-    first, second = out.splitlines()[1:3]
+    first, second, third = out.splitlines()[1:4]
     assert first.split()[2:] == ["promote", "aaa", "90.00%", "–", "the", "first", "model"]
     assert second.split()[2:] == ["promote", "bbb", "*", "95.00%", "90.00%", "better"]
+    assert third.split()[2:] == ["hold", "bbb", "95.00%", "–", "worse"]
     assert "* in service: bbb" in out
     assert "aaa" not in nightly("history", "--limit", "1")[1]
 

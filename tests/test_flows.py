@@ -208,6 +208,19 @@ def test_a_night_that_is_long_overdue_is_skipped(workspace):
     assert state.message.startswith("this run was due 30 h 0 min ago")
 
 
+def test_a_folder_is_classified_by_a_flow_of_its_own(workspace):
+    from flows.predict import predict
+
+    workspace.incoming("a.png")
+    state = predict(return_state=True)
+    assert state.is_failed()
+    assert "no model yet: run 'nightly retrain'" in state.message
+    retrain()
+    assert predict().note == "1 of 1 files in data/incoming classified with openvino"
+    with pytest.raises(NightlyError, match=r"there is nothing at '.*/nowhere': give a folder of images"):
+        predict(source=Path("nowhere"))
+
+
 def test_stopping_the_flow_stops_the_training_and_frees_the_workspace(workspace, server):
     workspace.set(seconds=600)
     program = "from flows.retrain import retrain; retrain()"
