@@ -90,3 +90,15 @@ def test_every_parameter_section_of_a_stage_is_read_by_its_module():
         source = (ROOT / f"{name}.py").read_text()
         for section in stage["params"]:
             assert f'read_section(args.params, "{section}"' in source, f"{name} lists {section} but does not read it"
+
+
+def test_stages_stand_in_the_order_in_which_they_must_run():
+    written: set[str] = set()
+    for name, stage in STAGES.items():
+        outputs = {entry if isinstance(entry, str) else next(iter(entry)) for entry in stage["outs"]}
+        for earlier in STAGES.values():
+            if earlier is stage:
+                break
+            assert not outputs & set(earlier["deps"]), f"{name} stands after a stage that reads what it writes"
+        written |= outputs
+    assert "models/exported" in written
