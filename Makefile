@@ -1,4 +1,5 @@
-# Everything runs inside .venv, made from requirements.lock (exact versions, checked by hash).
+# Everything runs inside .venv, made from requirements.lock: exact versions, checked by hash, and complete, so that pip
+# has nothing to resolve (--no-deps).
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -14,7 +15,7 @@ setup: $(VENV)/ready ## make .venv from the hash-locked requirements
 
 $(VENV)/ready: requirements.lock pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements.lock
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes -r requirements.lock
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
 	touch $@
 
