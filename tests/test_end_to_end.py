@@ -153,6 +153,6 @@ def test_the_nightly_run_promotes_the_first_model_and_classifies_a_folder(worksp
 def test_the_commands_work_on_the_champion(workspace):
     model_id = workspace.json("models", "champion.json")["id"]
     assert model_id in workspace.run("nightly", "history")
-    assert "10" in workspace.run("nightly", "predict", "data/prepared/examples/1", "--out", "somewhere")
+    assert "4 (4 ok)" in workspace.run("nightly", "predict", "data/prepared/examples/1", "--out", "somewhere")
     table = pd.read_csv(workspace.root / "somewhere" / "predictions.csv")
     assert len(table) == 4
