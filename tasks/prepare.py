@@ -305,11 +305,11 @@ def _decode(sample: Sample, policy: DecodePolicy) -> Decoded:
 def _assign(manifest: pd.DataFrame, params: PrepareParams) -> pd.DataFrame:
     """Add each image's class and split."""
     parts = []
-    for origin, group in manifest.groupby("origin", sort=False):
+    own_test = False
+    for origin, group in manifest.groupby("origin", sort=False):  # the source comes first
         labels = read_labels(group.name)
-        source_has_test = any(label.split == "test" for label in labels.values())
         if origin == "source":
-            own_test = source_has_test
+            own_test = any(label.split == "test" for label in labels.values())
         splits = []
         for name, content_hash in zip(group.name, group.content_hash, strict=True):
             given = labels[name].split if origin == "source" else "addition"
