@@ -1,8 +1,9 @@
-# Everything runs inside .venv, made from requirements.lock: exact versions, checked by hash, and complete, so that pip
+# Everything runs inside .venv, made from requirements.lock (GPU=1: requirements-gpu.lock): exact versions, checked by hash, and complete, so that pip
 # has nothing to resolve (--no-deps).
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+VARIANT := $(if $(GPU),-gpu)
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
@@ -11,11 +12,11 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 help: ## show this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
 
-setup: $(VENV)/ready ## make .venv from the hash-locked requirements
+setup: $(VENV)/ready$(VARIANT) ## make .venv from the hash-locked requirements; GPU=1 adds CUDA's libraries
 
-$(VENV)/ready: requirements.lock pyproject.toml
+$(VENV)/ready$(VARIANT): requirements$(VARIANT).lock pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes -r requirements.lock
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes -r requirements$(VARIANT).lock
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
 	touch $@
 
@@ -39,10 +40,12 @@ check: setup ## the fast part of `make test`, for while you type
 bench: setup ## the benchmarks behind the README's table
 	for script in benchmarks/*.py; do $(BIN)/python $$script || exit 1; done
 
-lock: ## resolve pyproject.toml anew into requirements.lock (needs uv)
-	uv pip compile pyproject.toml --extra dev --universal --python-version 3.11 --generate-hashes \
-		--no-emit-index-url --no-emit-find-links --custom-compile-command "make lock" \
-		--output-file requirements.lock
+lock: ## resolve pyproject.toml anew into both lock files (needs uv)
+	for extra in "" gpu; do \
+		uv pip compile pyproject.toml --extra dev $${extra:+--extra $$extra} --universal --python-version 3.11 \
+			--generate-hashes --no-emit-index-url --no-emit-find-links --custom-compile-command "make lock" \
+			--output-file requirements$${extra:+-$$extra}.lock || exit 1; \
+	done
 
 clean: ## remove the virtual environment and caches; data and models stay
 	rm -rf $(VENV) .pytest_cache .ruff_cache *.egg-info

@@ -3,8 +3,9 @@ import subprocess
 import tomllib
 from pathlib import Path
 
+import pytest
+
 PROJECT = tomllib.loads(Path("pyproject.toml").read_text())["project"]
-LOCK = Path("requirements.lock").read_text()
 
 
 def normal(requirement: str) -> str:
@@ -23,14 +24,17 @@ def test_the_extras_that_people_are_told_of_exist():
     assert {"gpu", "dask", "ray", "s3", "dev"} == set(PROJECT["optional-dependencies"])
 
 
-def test_every_dependency_is_locked_with_hashes_and_without_an_address():
-    locked = re.findall(r"^([a-z0-9._-]+)(?:\[[^]]*\])?==", LOCK, re.MULTILINE)
-    assert len(locked) > 100
+@pytest.mark.parametrize("extra", ["", "-gpu"])
+def test_every_dependency_is_locked_with_hashes_and_without_an_address(extra):
+    lock = Path(f"requirements{extra}.lock").read_text()
+    locked = set(re.findall(r"^([a-z0-9._-]+)(?:\[[^]]*\])?==", lock, re.MULTILINE))
     wanted = {normal(name) for name in (*PROJECT["dependencies"], *PROJECT["optional-dependencies"]["dev"])}
-    assert wanted <= set(locked)
-    assert "://" not in LOCK
-    assert not re.search(r"^(-i|--index-url|--extra-index-url|--find-links|-f)\b", LOCK, re.MULTILINE)
-    blocks = re.split(r"^(?=[a-z0-9._-]+(?:\[[^]]*\])?==)", LOCK, flags=re.MULTILINE)[1:]
+    assert wanted <= locked
+    assert any(name.startswith("nvidia-cudnn") for name in locked) == bool(extra)
+    assert "://" not in lock
+    assert not re.search(r"^(-i|--index-url|--extra-index-url|--find-links|-f)\b", lock, re.MULTILINE)
+    blocks = re.split(r"^(?=[a-z0-9._-]+(?:\[[^]]*\])?==)", lock, flags=re.MULTILINE)[1:]
+    assert len(blocks) > 100
     assert all("--hash=sha256:" in block for block in blocks)
 
 
