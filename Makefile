@@ -1,5 +1,5 @@
-# Everything runs inside .venv, made from requirements.lock (GPU=1: requirements-gpu.lock): exact versions, checked by hash, and complete, so that pip
-# has nothing to resolve (--no-deps).
+# Everything runs inside .venv, made from requirements.lock (GPU=1: requirements-gpu.lock): exact versions, checked by
+# hash, and complete, so that pip has nothing to resolve (--no-deps).
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
