@@ -28,7 +28,7 @@ from tasks.errors import NightlyError, run_main
 from tasks.files import publish_directory, write_json
 from tasks.images import Decoded, DecodePolicy, read_and_decode
 from tasks.params import Section, read_section
-from tasks.progress import progress
+from tasks.progress import Advance, progress
 from tasks.sources import is_side_file
 
 TABLE, CSV_TABLE, SUMMARY = "predictions.parquet", "predictions.csv", "summary.json"
@@ -247,14 +247,21 @@ def predict(source: Path, out: Path, model: Path, params: PredictParams) -> Pred
             pa.parquet.ParquetWriter(partial / TABLE, SCHEMA) as table,
             pa.csv.CSVWriter(partial / CSV_TABLE, _csv_view(SCHEMA.empty_table()).schema) as csv,
         ):
-            while part := list(itertools.islice(rows, ROWS_PER_PART)):
+            counted = _count(rows, advance)
+            while part := list(itertools.islice(counted, ROWS_PER_PART)):
                 columns = pa.Table.from_pylist(part, schema=SCHEMA)
                 table.write_table(columns)
                 csv.write_table(_csv_view(columns))
-                advance(len(part))
         summary.seconds = time.monotonic() - started
         write_json(partial / SUMMARY, summary.facts())
     return summary
+
+
+def _count(rows: Iterable[dict[str, Any]], advance: Advance) -> Iterator[dict[str, Any]]:
+    """Pass rows on and count each as done: a part of the table is too coarse a step to watch."""
+    for row in rows:
+        yield row
+        advance(1)
 
 
 def _rows(outcomes: Iterable, bundle: Bundle, summary: PredictSummary, top_k: int) -> Iterator[dict[str, Any]]:
