@@ -1,0 +1,86 @@
+"""The parameters of training: which recipe, for how long, with what optimizer, on what precision."""
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from tasks.params import Section
+
+
+class ProbeParams(Section):
+    """How a head is trained on the frozen backbone's features, which are computed once.
+
+    ``precision`` is that of the features on a CPU: ``auto`` is bfloat16 where the processor computes in it, else
+    float32; ``int8`` quantizes the backbone with a sample of the training images. On a GPU Keras computes them.
+    """
+
+    epochs: int = Field(30, ge=1)
+    batch_size: int = Field(256, ge=1)
+    learning_rate: float = Field(1e-3, gt=0)
+    weight_decay: float = Field(0.0, ge=0)
+    precision: Literal["auto", "float32", "bfloat16", "int8"] = "auto"
+
+
+class TrainParams(Section):
+    """How the classifier is trained.
+
+    ``recipe``: ``finetune`` trains every layer; ``probe`` trains the head on the features of a frozen backbone;
+    ``probe-then-finetune`` does one after the other, so that a random head does not spoil a trained backbone.
+    ``learning_rate`` is the peak, ``head_learning_rate`` that of the layers after the pooling (null: the same);
+    ``cosine`` lets both fall to zero after ``warmup_epochs`` of linear rise. ``weight_decay`` is decoupled, on
+    kernels only: each step takes ``learning_rate * weight_decay`` of them away. (With SGD's momentum m, L2 in the
+    loss as papers give it corresponds to 1 / (1 - m) times its figure here.)
+    ``mixup_alpha`` and ``cutmix_alpha`` are the Beta distribution's parameter, 0 for none; with both, each batch
+    draws one of the two. ``ema_momentum`` keeps a moving average of the weights, which is what is validated and saved.
+    ``low_resolution_epochs`` first train with one doubling less, at a quarter of the cost.
+    ``warm_start`` begins with the weights of the model in service, if there is one that fits.
+    ``keep`` says which epoch's weights become the model: the one of the lowest validation loss, or the last.
+
+    The rest is about the machine; null lets it be chosen for the device, and the choice is printed.
+    ``precision`` is Keras's dtype policy in training; the saved model is float32 either way.
+    ``data_on_device`` keeps the training images in the device's memory. ``deterministic`` makes the same seed on
+    the same machine give the same weights, also where a GPU's fastest kernels would not.
+    """
+
+    recipe: Literal["finetune", "probe", "probe-then-finetune"] = "finetune"
+    probe: ProbeParams = ProbeParams()
+    epochs: int = Field(10, ge=1)
+    low_resolution_epochs: int = Field(0, ge=0)
+    batch_size: int = Field(32, ge=1)
+    optimizer: Literal["adam", "adamw", "rmsprop", "sgd"] = "adam"
+    learning_rate: float = Field(1e-3, gt=0)
+    head_learning_rate: float | None = Field(None, gt=0)
+    momentum: float = Field(0.9, ge=0, lt=1)
+    weight_decay: float = Field(0.0, ge=0)
+    schedule: Literal["constant", "cosine"] = "cosine"
+    warmup_epochs: float = Field(0.0, ge=0)
+    loss: Literal["categorical_crossentropy", "binary_crossentropy"] = "categorical_crossentropy"
+    label_smoothing: float = Field(0.0, ge=0, lt=1)
+    mixup_alpha: float = Field(0.0, ge=0)
+    cutmix_alpha: float = Field(0.0, ge=0)
+    ema_momentum: float | None = Field(None, gt=0, lt=1)
+    freeze_batch_normalization: bool = False
+    warm_start: bool = False
+    keep: Literal["best", "last"] = "best"
+    early_stopping_epochs: int | None = Field(None, ge=1)
+    seed: int = Field(1, ge=0, lt=2**31)
+
+    precision: Literal["float32", "mixed_bfloat16"] | None = None
+    jit_compile: bool | None = None
+    steps_per_execution: int | None = Field(None, ge=1)
+    data_on_device: bool | None = None
+    deterministic: bool = False
+    require_gpu: bool = False
+    checkpoint_seconds: float = Field(60.0, ge=0)
+
+    @model_validator(mode="after")
+    def _epochs_fit(self) -> "TrainParams":
+        if self.warmup_epochs >= self.epochs:
+            raise ValueError(f"warmup_epochs must be below epochs ({self.epochs})")
+        if self.warmup_epochs and self.schedule == "constant":
+            raise ValueError("warmup_epochs needs schedule: cosine")
+        if self.low_resolution_epochs > self.epochs:
+            raise ValueError(f"low_resolution_epochs must be at most epochs ({self.epochs})")
+        if self.low_resolution_epochs and self.recipe == "probe":
+            raise ValueError("low_resolution_epochs needs recipe: finetune or probe-then-finetune")
+        return self
