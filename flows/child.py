@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO
 
-from tasks.errors import NightlyError
+from tasks.errors import EXIT_INTERRUPTED, Interrupted, NightlyError
 
 GUARD = Path(__file__).with_name("guard.py")
 
@@ -28,6 +28,7 @@ class LastWords:
 
     def __init__(self) -> None:
         self.own = ""  # of a stage, see tasks.errors.run_main
+        self.interruption = ""  # likewise
         self.dvc = ""
         self.line = ""
 
@@ -35,10 +36,21 @@ class LastWords:
         """Remember ``line`` if it may be a reason."""
         if line.startswith("error: "):
             self.own = line.removeprefix("error: ")
+        elif line.startswith("interrupted: "):
+            self.interruption = line.removeprefix("interrupted: ")
         elif line.startswith("ERROR: "):
             self.dvc = line.removeprefix("ERROR: ")
         elif line:
             self.line = line
+
+    def promise(self, exit_code: int) -> str | None:
+        """Return the one line that says how it will go on, None if it won't."""
+        # DVC puts an exit code of its own in the stage's place, and has none to tell if a signal ended it as well.
+        code_of_stage = f", exited with {EXIT_INTERRUPTED}"
+        if exit_code and (self.interruption or exit_code == EXIT_INTERRUPTED or self.dvc.endswith(code_of_stage)):
+            why = f" ({self.interruption})" if self.interruption else ""
+            return f"will go on from its checkpoint with the next run{why}"
+        return None
 
     def explain(self, exit_code: int) -> str:
         """Return the best reason there is, in one line."""
@@ -60,13 +72,14 @@ def run(
 ) -> None:
     """Run ``command`` in ``root`` and hand each line of its output to ``emit`` and to the file ``log``.
 
-    When the limit passes or this call is interrupted, the command and all its children get SIGTERM and,
-    ``grace_seconds`` later, SIGKILL; the same happens when this very process is killed.
+    When the limit passes or this call is interrupted, the command and all its children get SIGINT and, those that
+    are still there ``grace_seconds`` later, SIGKILL; the same happens when this very process is killed.
 
     Args:
         name: what to call it in errors.
 
     Raises:
+        Interrupted: it ended early, by a signal or at the limit, but saved what it had done.
         StageFailed: it exited with another code than 0, or ran past the limit.
     """
     deadline = time.monotonic() + limit_seconds if limit_seconds else None
@@ -87,22 +100,37 @@ def run(
     ):
         assert guard.stdin
         assert guard.stdout
+
+        def hear(line: str) -> None:
+            kept.write(line + "\n")
+            kept.flush()
+            emit(line)
+            last_words.hear(line)
+
         expired = False
         try:
-            for line in _lines(guard, deadline):
+            for line in _lines(guard.stdout, deadline):
                 if line is None:  # past the deadline: end it, and read its last words
                     expired = True
                     guard.stdin.close()
-                    continue
-                kept.write(line + "\n")
-                kept.flush()
-                emit(line)
-                last_words.hear(line)
-        finally:
-            guard.stdin.close()
+                else:
+                    hear(line)
             guard.wait()
+        except BaseException:  # a Ctrl-C, or the run was canceled: nobody else tells how the command ended
+            guard.stdin.close()
+            for line in _lines(guard.stdout):  # unread, it would block in the middle of its checkpoint
+                hear(line or "")
+            if promise := last_words.promise(guard.wait()):
+                emit(f"{name} {promise}")
+            raise
+    promise = last_words.promise(guard.returncode)
     if expired:
-        raise StageFailed(f"{name}: ran past its limit of {limit_seconds / 3600:.3g} hours and was ended")
+        limit = f"ran past its limit of {limit_seconds / 3600:.3g} hours"
+        if promise:
+            raise Interrupted(f"{name} {limit}, was stopped and {promise}")
+        raise StageFailed(f"{name}: {limit} and was ended")
+    if promise:
+        raise Interrupted(f"{name} {promise}")
     if guard.returncode != 0:
         shown = log.relative_to(root) if log.is_relative_to(root) else log
         raise StageFailed(f"{name}: {last_words.explain(guard.returncode)} (log: {shown})")
@@ -118,22 +146,16 @@ def _environment() -> dict[str, str]:
     return environment
 
 
-def _lines(guard: "subprocess.Popen[bytes]", deadline: float | None) -> Iterator[str | None]:
+def _lines(stream: IO[bytes], deadline: float | None = None) -> Iterator[str | None]:
     """Yield each line of the output, and None once when the deadline passes."""
-    assert guard.stdout
-    stream: IO[bytes] = guard.stdout
     pending = b""
     with selectors.DefaultSelector() as selector:
         selector.register(stream, selectors.EVENT_READ)
         while True:
-            if deadline is not None and time.monotonic() >= deadline:
+            left = deadline - time.monotonic() if deadline is not None else None
+            if left is not None and (left <= 0 or not selector.select(left)):
                 deadline = None
                 yield None
-            left = deadline - time.monotonic() if deadline is not None else 1.0
-            if not selector.select(max(0.0, min(left, 1.0))):
-                # A process that fled from the group may hold the pipe open for ever.
-                if guard.poll() is not None:
-                    break
                 continue
             chunk = os.read(stream.fileno(), 65536)
             if not chunk:

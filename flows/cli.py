@@ -7,15 +7,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from tasks.errors import NightlyError, describe
+from tasks.errors import EXIT_INTERRUPTED, Interrupted, NightlyError, describe
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from tasks.promote import Entry
-
-#: Exit code of a command that did nothing because another one is at work (sysexits.h: try again later).
-EX_TEMPFAIL = 75
 
 app = typer.Typer(
     name="nightly",
@@ -65,7 +62,7 @@ def retrain(
 ) -> None:
     """Retrain on what has changed, promote the model if it is better, classify a folder.
 
-    Exit code 75: another retraining is at work, nothing was done.
+    Exit code 75: run it again, later if another retraining is at work, at any time if this one was interrupted.
     """
     from flows.console import calm_terminal
     from flows.workspace import find_workspace
@@ -84,7 +81,7 @@ def retrain(
     night = state.result()
     if state.name == "Skipped":
         print(f"skipped: {state.message}", file=sys.stderr)
-        raise typer.Exit(EX_TEMPFAIL)
+        raise typer.Exit(EXIT_INTERRUPTED)
     print_night(night, _console())
 
 
@@ -255,6 +252,8 @@ def main() -> None:
             _fail(f"{error.format_message().rstrip('.')}; see '{command} --help'", 2)
         error.show()
         sys.exit(2)
+    except Interrupted as interruption:
+        _fail(str(interruption), EXIT_INTERRUPTED, "interrupted")
     except (NightlyError, OSError) as error:
         _fail(describe(error), 1)
     except (KeyboardInterrupt, typer.Abort):
@@ -262,8 +261,8 @@ def main() -> None:
     sys.exit(code if isinstance(code, int) else 0)
 
 
-def _fail(message: str, code: int) -> None:
-    print(f"error: {' '.join(message.split())}", file=sys.stderr, flush=True)
+def _fail(message: str, code: int, kind: str = "error") -> None:
+    print(f"{kind}: {' '.join(message.split())}", file=sys.stderr, flush=True)
     sys.exit(code)
 
 

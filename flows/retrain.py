@@ -9,7 +9,7 @@ import prefect.runtime
 from prefect import flow, get_run_logger, task
 from prefect.artifacts import create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
-from prefect.states import Completed, State
+from prefect.states import Completed, Crashed, State
 
 from flows import stages
 from flows.champion import Judgement, carry_out, judge_exported
@@ -19,7 +19,7 @@ from flows.settings import RetrainParams, read_settings
 from flows.stages import Outcome
 from flows.summary import Night, Predictions, StageRun, duration, markdown
 from flows.workspace import Busy, Workspace, find_workspace, locked
-from tasks.errors import NightlyError
+from tasks.errors import Interrupted, NightlyError
 from tasks.promote import champion_id
 
 shorten_expected_errors()
@@ -79,6 +79,16 @@ def retrain(predict: Path | None = None, force: bool = False) -> Night:
     except (Busy, TooLate) as reason:
         get_run_logger().info("skipped: %s", reason, extra={"expected": True})
         return Completed(name="Skipped", message=str(reason))
+    except Interrupted as reason:
+        return interrupted(reason)
+
+
+def interrupted(reason: Interrupted) -> State:
+    """Return the state of a run that a signal stopped and that the next one continues.
+
+    It is what Prefect itself makes of a signal: no failure, so nothing is retried, and no success either.
+    """
+    return Crashed(name="Interrupted", message=str(reason), data=reason)
 
 
 def read_rules(workspace: Workspace) -> RetrainParams:
@@ -131,16 +141,20 @@ def run_stage(tonight: Tonight, stage: str, force: bool, known_fresh: bool) -> S
     logger = get_run_logger()
     started = time.monotonic()
     outcome = Outcome.unchanged
-    if not known_fresh:
-        outcome = stages.reproduce(
-            tonight.workspace.root,
-            stage,
-            log=tonight.logs / f"{stage}.log",
-            emit=logger.info,
-            limit_seconds=tonight.rules.stage_time_limit_hours * 3600,
-            patience_seconds=tonight.patience_seconds,
-            force=force,
-        )
+    try:
+        if not known_fresh:
+            outcome = stages.reproduce(
+                tonight.workspace.root,
+                stage,
+                log=tonight.logs / f"{stage}.log",
+                emit=logger.info,
+                limit_seconds=tonight.rules.stage_time_limit_hours * 3600,
+                grace_seconds=tonight.rules.stop_grace_seconds,
+                patience_seconds=tonight.patience_seconds,
+                force=force,
+            )
+    except Interrupted as reason:
+        return interrupted(reason)
     if outcome is Outcome.ran:
         logger.info("done in %s", duration(time.monotonic() - started))
         return Completed(message="ran")

@@ -17,7 +17,8 @@ class RetrainParams(Section):
     Attributes:
         minimum_gain: accuracy on the frozen test set that a challenger must win by, 0..1.
         accuracy_floor: accuracy under which no model goes into service, the first one included.
-        stage_time_limit_hours: a stage that runs longer is ended and has failed.
+        stage_time_limit_hours: a stage that runs longer is stopped; a training goes on with the next run.
+        stop_grace_seconds: how long a stage that has to stop may take to save its work before it is killed.
         download_retries: further attempts at the download stage, the only one that is retried.
         dvc_patience_minutes: how long to wait for another DVC command in the workspace.
         maximum_lateness_hours: a scheduled run that starts later than this is skipped, so that three nights
@@ -27,6 +28,7 @@ class RetrainParams(Section):
     minimum_gain: Annotated[float, Field(ge=0, le=1)] = 0.001
     accuracy_floor: Annotated[float, Field(ge=0, le=1)] = 0.5
     stage_time_limit_hours: Annotated[float, Field(gt=0)] = 12.0
+    stop_grace_seconds: Annotated[float, Field(ge=0)] = 60.0
     download_retries: Annotated[int, Field(ge=0, le=20)] = 3
     download_retry_delay_seconds: Annotated[float, Field(ge=0)] = 60.0
     dvc_patience_minutes: Annotated[float, Field(ge=0)] = 10.0

@@ -35,6 +35,7 @@ _CHATTER = (
     "Data and pipelines are up to date.",
     "WARNING: Process '",  # ... had been killed: of a run that was stopped, and DVC has put it right
     "error: ",
+    "interrupted: ",
     "ERROR: ",
 )
 
@@ -75,12 +76,17 @@ def reproduce(
     log: Path,
     emit: Emit,
     limit_seconds: float | None = None,
+    grace_seconds: float = 20.0,
     patience_seconds: float = 0.0,
     force: bool = False,
 ) -> Outcome:
     """Bring one stage up to date, assuming that those before it are.
 
+    Args:
+        grace_seconds: how long a stage that has to stop may take to save its work.
+
     Raises:
+        Interrupted: the stage stopped early, and goes on from there the next time.
         StageFailed: the stage failed; the message is what it said last.
     """
     command = [*_program(), "repro", "--single-item", *(["--force"] if force else []), stage]
@@ -103,7 +109,15 @@ def reproduce(
                 emit(line)
 
         try:
-            child.run(command, name=stage, root=root, log=log, emit=listen, limit_seconds=limit_seconds)
+            child.run(
+                command,
+                name=stage,
+                root=root,
+                log=log,
+                emit=listen,
+                limit_seconds=limit_seconds,
+                grace_seconds=grace_seconds,
+            )
         except StageFailed:
             if busy:
                 raise DvcBusy(busy) from None

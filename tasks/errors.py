@@ -1,27 +1,43 @@
-"""The one exception people see as a line of text, and the wrapper that shows it that way."""
+"""The exceptions people see as a line of text, and the wrapper that shows them that way."""
 
 import errno
 import os
 import sys
 from collections.abc import Callable
 
+#: Exit code of a command that did not finish and goes on when it is run again (EX_TEMPFAIL of sysexits.h).
+EXIT_INTERRUPTED = 75
+
 
 class NightlyError(Exception):
     """Something the user can mend; its text names what was wrong, what is allowed and what came."""
 
 
-def run_main(main: Callable[[], object]) -> None:
-    """Run a stage's ``main``; show what a user can mend as one line on stderr and exit with 1.
+class Interrupted(NightlyError):
+    """A signal ended the work before it was done. What was done is saved, and the same command goes on from there."""
 
-    Other exceptions are defects of this software and keep their traceback.
+
+def run_main(main: Callable[[], object]) -> None:
+    """Run a stage's ``main``; show what a user can mend as one line on stderr and exit with a code that says which.
+
+    The codes are 1 for an error, ``EXIT_INTERRUPTED`` where the same command goes on, and a shell's 130 after a
+    Ctrl-C that nothing was saved at. Other exceptions are defects of this software and keep their traceback.
     """
     try:
         main()
+    except Interrupted as interruption:
+        _end(f"interrupted: {interruption}", EXIT_INTERRUPTED)
     except (NightlyError, OSError) as error:
-        print(f"error: {describe(error)}", file=sys.stderr, flush=True)
-        # os._exit, not sys.exit: a deep-learning runtime's threads may not hold up a failed stage.
-        sys.stdout.flush()
-        os._exit(1)
+        _end(f"error: {describe(error)}", 1)
+    except KeyboardInterrupt:
+        _end("error: stopped by Ctrl-C", 130)
+
+
+def _end(message: str, code: int) -> None:
+    print(message, file=sys.stderr, flush=True)
+    sys.stdout.flush()
+    # Not sys.exit: a deep-learning runtime's threads may not hold up a stage that has ended.
+    os._exit(code)
 
 
 def describe(error: NightlyError | OSError) -> str:

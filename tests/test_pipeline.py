@@ -150,14 +150,14 @@ def test_a_command_that_is_not_there_is_one_clear_line(tmp_path):
 
 FAMILY = """
     import os, signal, subprocess, sys, time
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # inherited by the grandchild as well
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited by the grandchild as well
     grandchild = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
     print(os.getpid(), grandchild.pid, flush=True)
     time.sleep(60)
 """
 
 
-def test_past_the_limit_the_whole_family_ends_even_if_it_ignores_sigterm(tmp_path, script):
+def test_past_the_limit_the_whole_family_ends_even_if_it_ignores_sigint(tmp_path, script):
     pids: list[int] = []
     start = time.monotonic()
     with pytest.raises(StageFailed, match=r"work: ran past its limit of 0\.000278 hours and was ended"):
@@ -180,7 +180,7 @@ def test_past_the_limit_a_child_may_still_say_its_last_words(tmp_path, script):
         def stop(*_):
             print("checkpoint written")
             sys.exit(0)
-        signal.signal(signal.SIGTERM, stop)
+        signal.signal(signal.SIGINT, stop)
         print("ready")
         time.sleep(60)
         """
