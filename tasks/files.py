@@ -20,6 +20,7 @@ def partial_path(destination: Path) -> Path:
 def publish_file(destination: Path) -> Iterator[Path]:
     """Yield a path to write to; rename it to ``destination`` if the block ends well, else remove it."""
     destination.parent.mkdir(parents=True, exist_ok=True)
+    _tidy_up(destination)
     partial = partial_path(destination)
     try:
         yield partial
@@ -66,7 +67,9 @@ def _tidy_up(destination: Path) -> None:
             owner = left.name.rpartition("-")[2]
             if owner.isdigit() and int(owner) != os.getpid() and Path("/proc", owner).exists():
                 continue
-            if kind == "old" and not destination.exists():
+            if left.is_file():
+                left.unlink(missing_ok=True)
+            elif kind == "old" and not destination.exists():
                 left.rename(destination)
             else:
                 shutil.rmtree(left, ignore_errors=True)

@@ -79,8 +79,8 @@ class TrainParams(Section):
             raise ValueError(f"warmup_epochs must be below epochs ({self.epochs})")
         if self.warmup_epochs and self.schedule == "constant":
             raise ValueError("warmup_epochs needs schedule: cosine")
-        if self.low_resolution_epochs > self.epochs:
-            raise ValueError(f"low_resolution_epochs must be at most epochs ({self.epochs})")
+        if self.low_resolution_epochs >= self.epochs:
+            raise ValueError(f"low_resolution_epochs must be below epochs ({self.epochs})")
         if self.low_resolution_epochs and self.recipe == "probe":
             raise ValueError("low_resolution_epochs needs recipe: finetune or probe-then-finetune")
         return self
