@@ -1,37 +1,30 @@
-"""The network: uint8 pixels, normalization, upsampling, a ResNet50 backbone, a head, class probabilities."""
+"""The network: uint8 pixels, normalization, upsampling, a residual backbone, a head, class probabilities."""
 
-import warnings
-from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field, field_validator
 
 from tasks.errors import NightlyError
-from tasks.files import sha256_file
 from tasks.params import Section
-
-#: The smallest input that keras.applications' ResNet50 takes, in pixels.
-MINIMUM_BACKBONE_SIZE = 32
-#: Where keras.applications fetches ResNet50's ImageNet weights without the top, and their MD5 as it lists it.
-IMAGENET_WEIGHTS = (
-    "https://storage.googleapis.com/tensorflow/keras-applications/resnet/"
-    "resnet50_weights_tf_dim_ordering_tf_kernels_notop.h5"
-)
-IMAGENET_MD5 = "4d473c1dd8becc155b73f8504c6f6626"
+from tasks.resnet import NETWORKS, build_backbone, minimum_size
+from tasks.weights import find_weights, load_weights
 
 
 class ModelParams(Section):
     """The network's shape.
 
+    ``backbone`` is one of ``tasks.resnet``: resnet18 to resnet152, plain18 and plain34 for images of 32 px or more
+    as the backbone sees them, better 128 and up; resnet20 to resnet110 and plain20 to plain56 for small images.
     ``doublings`` upsample the image by 2 each, inside the model: three turn CIFAR-10's 32 px into 256 px.
-    ``weights`` is ``imagenet``, null for random ones, or the path of a ``.h5``, ``.weights.h5`` or ``.keras``
-    file that fits the backbone without its top. ``head_units`` are the widths of the dense ReLU layers between
-    the pooled features and the softmax, each followed by ``dropout``.
+    ``weights`` is null for random ones, ``imagenet`` (resnet50, resnet101, resnet152), or the path of a ``.h5``,
+    ``.weights.h5`` or ``.keras`` file that fits the backbone without its top, or of a whole model of ours
+    (``.keras``). ``head_units`` are the widths of the dense ReLU layers between the pooled features and the
+    softmax, each followed by ``dropout``.
     ``batch_normalization_momentum`` is that of the backbone: Keras's 0.99 needs several hundred steps before
     the moving averages mean anything, so short runs want 0.9.
     """
 
-    backbone: Literal["resnet50"] = "resnet50"
+    backbone: Literal[*NETWORKS] = "resnet50"
     weights: str | None = None
     weights_sha256: str | None = Field(None, pattern="^[0-9a-f]{64}$")
     doublings: int = Field(2, ge=0, le=6)
@@ -50,11 +43,25 @@ class ModelParams(Section):
         return units
 
 
-def build_classifier(params: ModelParams, image_size: int, classes: int, normalization: dict[str, Any]) -> Any:
+def build_classifier(
+    params: ModelParams,
+    image_size: int,
+    classes: int,
+    normalization: dict[str, Any],
+    *,
+    frozen: bool = False,
+    freeze_batch_normalization: bool = False,
+) -> Any:
     """Return a Keras model from uint8 (N, image_size, image_size, 3) RGB to float32 (N, classes) probabilities.
 
     Args:
         normalization: ``mean``, ``std`` and ``channel_order`` as in ``normalization.json``.
+        frozen: the backbone does not train.
+        freeze_batch_normalization: the backbone's convolutions train, its BatchNormalization does not.
+
+    A frozen BatchNormalization also stops normalizing by the batch and keeps its moving averages. That is what
+    ``trainable = False`` means to it; calling the backbone with ``training=False`` would not do, since Keras
+    overrides it with the ``training=True`` of a fit.
 
     The last layer computes in float32 under any precision: a softmax in half precision loses the small
     probabilities that the loss is made of.
@@ -68,10 +75,10 @@ def build_classifier(params: ModelParams, image_size: int, classes: int, normali
     from tasks.layers import Normalize
 
     upsampled = image_size * 2**params.doublings
-    if upsampled < MINIMUM_BACKBONE_SIZE:
+    if upsampled < (minimum := minimum_size(params.backbone)):
         raise NightlyError(
             f"model.doublings {params.doublings} of {image_size} px give {upsampled} px, but {params.backbone} needs "
-            f"{MINIMUM_BACKBONE_SIZE} px or more: raise model.doublings or prepare.decode.size"
+            f"{minimum} px or more: raise model.doublings or prepare.decode.size"
         )
     images = keras.Input((image_size, image_size, 3), dtype="uint8", name="images")
     x = Normalize(
@@ -82,7 +89,14 @@ def build_classifier(params: ModelParams, image_size: int, classes: int, normali
     )(images)
     for number in range(params.doublings):
         x = layers.UpSampling2D(2, interpolation=params.interpolation, name=f"double_{number + 1}")(x)
-    x = _backbone(params, upsampled)(x)
+    backbone = _backbone(params, upsampled)
+    if frozen:
+        backbone.trainable = False
+    elif freeze_batch_normalization:
+        for layer in backbone.layers:
+            if isinstance(layer, layers.BatchNormalization):
+                layer.trainable = False
+    x = backbone(x)
     pool = layers.Flatten if params.pool == "flatten" else layers.GlobalAveragePooling2D
     x = pool(name="pool")(x)
     for number, width in enumerate(params.head_units, start=1):
@@ -96,53 +110,29 @@ def build_classifier(params: ModelParams, image_size: int, classes: int, normali
     return keras.Model(images, probabilities, name=f"upsampled_{params.backbone}")
 
 
+def split_at_pool(classifier: Any) -> tuple[Any, Any]:
+    """Return two models that are the classifier when one follows the other, made of its own layers and weights.
+
+    Training the second is training the classifier's head; the first is what it takes from the backbone.
+
+    Returns:
+        From uint8 (N, H, W, 3) images to float32 (N, F) pooled features, and from these to (N, C) probabilities.
+    """
+    import keras
+
+    pool = classifier.get_layer("pool")
+    # Under mixed precision the features come in half; float32 holds them exactly, and the head casts them back.
+    pooled = keras.layers.Identity(dtype="float32", name="features")(pool.output)
+    extractor = keras.Model(classifier.input, pooled, name="extractor")
+    features = keras.Input(pooled.shape[1:], dtype="float32", name="features")
+    x = features
+    for layer in classifier.layers[classifier.layers.index(pool) + 1 :]:
+        x = layer(x)
+    return extractor, keras.Model(features, x, name="head")
+
+
 def _backbone(params: ModelParams, size: int) -> Any:
-    import keras
-
-    backbone = keras.applications.ResNet50(include_top=False, weights=None, input_shape=(size, size, 3))
-    for layer in backbone.layers:
-        if isinstance(layer, keras.layers.BatchNormalization):
-            layer.momentum = params.batch_normalization_momentum
+    backbone = build_backbone(params.backbone, (size, size, 3), params.batch_normalization_momentum)
     if params.weights is not None:
-        _load_weights(backbone, params)
+        load_weights(backbone, find_weights(params.backbone, params.weights, params.weights_sha256))
     return backbone
-
-
-def _load_weights(backbone: Any, params: ModelParams) -> None:
-    import keras
-
-    if params.weights == "imagenet":
-        path = _fetch_imagenet_weights()
-    else:
-        path = Path(params.weights).expanduser()
-        if not path.is_file():
-            raise NightlyError(
-                f"model.weights must be 'imagenet', null or the path of a weights file, but '{path}' is not a file"
-            )
-    if params.weights_sha256 and (digest := sha256_file(path)) != params.weights_sha256:
-        raise NightlyError(f"model.weights_sha256 is {params.weights_sha256}, but {path} has {digest}")
-    try:
-        # Keras only warns about layers that the file does not hold, and leaves them at random.
-        with warnings.catch_warnings(action="error", category=UserWarning):
-            if path.suffix == ".keras":
-                backbone.set_weights(keras.saving.load_model(path, compile=False, safe_mode=True).get_weights())
-            else:
-                backbone.load_weights(path)
-    except (ValueError, OSError, KeyError, UserWarning) as error:
-        raise NightlyError(
-            f"model.weights: {path} does not fit {params.backbone} without its top: {str(error).splitlines()[0]}"
-        ) from None
-
-
-def _fetch_imagenet_weights() -> Path:
-    """Download ImageNet weights into Keras's own cache, or find them there."""
-    import keras
-
-    name = IMAGENET_WEIGHTS.rsplit("/", 1)[1]
-    try:
-        return Path(keras.utils.get_file(name, IMAGENET_WEIGHTS, cache_subdir="models", file_hash=IMAGENET_MD5))
-    except Exception as error:  # get_file raises a bare Exception for any network trouble
-        raise NightlyError(
-            f"model.weights: the ImageNet weights cannot be fetched ({' '.join(str(error).split())[:200]}); bring "
-            f"{name} to this machine and set model.weights to its path, or set it to null for random weights"
-        ) from None
