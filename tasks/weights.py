@@ -79,7 +79,7 @@ def _compare(backbone: Any, found: dict[str, list[Any]]) -> list[str]:
         elif kinds := [weight.dtype for weight in found[layer.name] if weight.dtype.kind != "f"]:
             mismatches.append(f"{layer.name} must have float numbers, but has {kinds[0]}")
     known = {layer.name for layer in _weighted_layers(backbone)}
-    return mismatches + [f"{name} is left over" for name in found if name not in known]
+    return mismatches + [f"{name} is left over" for name in sorted(found.keys() - known)]
 
 
 def _written(shapes: list[tuple[int, ...]]) -> str:
