@@ -76,7 +76,7 @@ def schemas() -> dict[str, type[Section]]:
     from tasks.export import ExportParams
     from tasks.predict import PredictParams
     from tasks.prepare import PrepareParams
-    from tasks.train import TrainParams
+    from tasks.recipe import TrainParams
 
     return {
         "download": DownloadParams,

@@ -1,6 +1,8 @@
 """The accelerator behind Keras, whichever backend runs it."""
 
+import ctypes
 import os
+import re
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -9,19 +11,40 @@ from dataclasses import dataclass
 
 from tasks.errors import NightlyError
 
+#: Makes XLA's kernels for GPUs add in a fixed order. Read once, when XLA starts.
+_DETERMINISTIC_XLA = "--xla_gpu_deterministic_ops=true"
+
 
 @dataclass(frozen=True)
 class Device:
-    """Where Keras computes: ``kind`` is ``"gpu"`` or ``"cpu"``, ``count`` the number of GPUs (0 on a CPU)."""
+    """Where Keras computes.
+
+    Attributes:
+        backend: Keras's, ``tensorflow`` or ``jax``.
+        kind: ``gpu`` or ``cpu``.
+        name: the hardware's, for people.
+        count: how many of them share each batch: GPUs, or the virtual devices that a CPU was divided into.
+        driver: version of NVIDIA's driver, None without one.
+        memory_bytes: of one GPU, None on a CPU or if it can't be told.
+        fast_bfloat16: it computes in bfloat16 faster than in float32: a GPU's Tensor cores since Ampere, a CPU's AMX.
+            (A CPU with AVX512-BF16 alone has the instructions but gains nothing by them in training.)
+    """
 
     backend: str
     kind: str
     name: str
     count: int
+    driver: str | None = None
+    memory_bytes: int | None = None
+    fast_bfloat16: bool = False
 
 
-def prepare_device(require_gpu: bool = False) -> Device:
+def prepare_device(require_gpu: bool = False, *, deterministic: bool = False) -> Device:
     """Import Keras, let GPU memory grow as needed, and say where computation happens.
+
+    Args:
+        deterministic: the same seed gives the same numbers on the same machine, on a GPU at the cost of its
+            fastest kernels. This must then be the process's first use of TensorFlow or JAX.
 
     Raises:
         NightlyError: ``require_gpu`` is set and the backend sees no GPU. A missing driver would otherwise
@@ -29,19 +52,47 @@ def prepare_device(require_gpu: bool = False) -> Device:
     """
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    if deterministic and _DETERMINISTIC_XLA not in os.environ.get("XLA_FLAGS", ""):
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_DETERMINISTIC_XLA}".strip()
     with _quiet_stderr():
         import keras
 
     backend = keras.backend.backend()
-    names = _tensorflow_gpus() if backend == "tensorflow" else _jax_gpus()
-    if require_gpu and not names:
+    gpus = _tensorflow_gpus(deterministic) if backend == "tensorflow" else _jax_gpus()
+    if require_gpu and not gpus:
         raise NightlyError(
             f"train.require_gpu is true, but {backend} sees no GPU: check 'nvidia-smi' and that the 'gpu' extra is "
             "installed, or set train.require_gpu to false"
         )
-    if names:
-        return Device(backend, "gpu", names[0], len(names))
-    return Device(backend, "cpu", _cpu_name(), 0)
+    if not gpus:
+        return Device(backend, "cpu", _cpu_name(), _cpu_count(backend), fast_bfloat16="amx_bf16" in _cpu_flags())
+    name, capability = gpus[0]
+    return Device(
+        backend, "gpu", name, len(gpus), _nvidia_driver(), _gpu_memory_bytes(), fast_bfloat16=capability >= (8, 0)
+    )
+
+
+@contextmanager
+def data_parallel(device: Device) -> Iterator[None]:
+    """Build, compile and train Keras models in here, and each batch is shared out among the devices of this machine.
+
+    With a single one nothing is changed. Batch sizes must be multiples of ``device.count``.
+    """
+    import keras
+
+    if device.count == 1:
+        yield
+    elif device.backend == "jax":
+        # The device names are given, or a machine's GPUs of a second kind would take part.
+        names = keras.distribution.list_devices(device.kind)
+        with keras.distribution.DataParallel(devices=names).scope():
+            yield
+    else:
+        import tensorflow as tf
+
+        names = [logical.name for logical in tf.config.list_logical_devices(device.kind.upper())]
+        with tf.distribute.MirroredStrategy(names).scope():
+            yield
 
 
 @contextmanager
@@ -65,28 +116,82 @@ def _quiet_stderr() -> Iterator[None]:
             os.close(saved)
 
 
-def _tensorflow_gpus() -> list[str]:
+def _tensorflow_gpus(deterministic: bool) -> list[tuple[str, tuple[int, ...]]]:
+    """Return name and compute capability of each GPU."""
     import tensorflow as tf
 
+    if deterministic:
+        tf.config.experimental.enable_op_determinism()
     gpus = tf.config.list_physical_devices("GPU")
     for gpu in gpus:
         tf.config.experimental.set_memory_growth(gpu, True)
-    return [tf.config.experimental.get_device_details(gpu).get("device_name", gpu.name) for gpu in gpus]
+    details = [tf.config.experimental.get_device_details(gpu) for gpu in gpus]
+    return [
+        (found.get("device_name", gpu.name), found.get("compute_capability", (0,)))
+        for gpu, found in zip(gpus, details, strict=True)
+    ]
 
 
-def _jax_gpus() -> list[str]:
+def _jax_gpus() -> list[tuple[str, tuple[int, ...]]]:
+    """Return name and compute capability of each GPU."""
     import jax
 
-    return [device.device_kind for device in jax.devices() if device.platform == "gpu"]
+    return [
+        (gpu.device_kind, tuple(int(part) for part in re.findall(r"^\d+|(?<=\.)\d+", gpu.compute_capability)))
+        for gpu in jax.devices()
+        if gpu.platform == "gpu"
+    ]
+
+
+def _nvidia_driver() -> str | None:
+    try:
+        with open("/proc/driver/nvidia/version", encoding="utf-8") as file:
+            found = re.search(r"\s(\d+\.\d+(\.\d+)?)\s", file.readline())
+    except OSError:
+        return None
+    return found[1] if found else None
+
+
+def _gpu_memory_bytes() -> int | None:
+    """Return the memory of the first GPU that this process may use, by CUDA's own count."""
+    try:
+        cuda = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return None
+    number, size = ctypes.c_int(), ctypes.c_size_t()
+    # All three return 0 where they succeed.
+    if cuda.cuInit(0) or cuda.cuDeviceGet(ctypes.byref(number), 0):
+        return None
+    return None if cuda.cuDeviceTotalMem_v2(ctypes.byref(size), number) else size.value
+
+
+def _cpu_count(backend: str) -> int:
+    """Return how many devices the CPU is for the backend: one, unless somebody divided it."""
+    if backend == "jax":
+        import jax
+
+        return len(jax.devices())
+    import tensorflow as tf
+
+    [cpu] = tf.config.list_physical_devices("CPU")
+    return len(tf.config.get_logical_device_configuration(cpu) or [cpu])
 
 
 def _cpu_name() -> str:
+    return f"{_cpuinfo('model name') or 'CPU'}, {os.cpu_count()} cores"
+
+
+def _cpu_flags() -> list[str]:
+    return _cpuinfo("flags").split()
+
+
+def _cpuinfo(key: str) -> str:
+    """Return a line of the first core's description, empty where Linux doesn't tell or it isn't Linux."""
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as file:
-            model = next((line.split(":", 1)[1].strip() for line in file if line.startswith("model name")), "CPU")
+            return next((line.split(":", 1)[1].strip() for line in file if line.startswith(key)), "")
     except OSError:
-        model = "CPU"
-    return f"{model}, {os.cpu_count()} cores"
+        return ""
 
 
 def gpu_present() -> bool:
