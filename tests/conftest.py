@@ -58,7 +58,7 @@ def prepared(raw: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @contextmanager
 def small_network() -> Iterator[None]:
-    """Put one small convolution where ResNet50 stands, so that training takes seconds."""
+    """Put one small convolution where the backbone stands, so that training takes seconds."""
     import tasks.classifier
 
     def build(params, size):
@@ -94,7 +94,8 @@ def candidate(prepared: Path, augmented: Path, tmp_path_factory: pytest.TempPath
     """The train stage's output: a small network trained on the three colors."""
     from tasks.augment import AugmentParams
     from tasks.classifier import ModelParams
-    from tasks.train import TrainParams, train
+    from tasks.recipe import TrainParams
+    from tasks.train import train
 
     out = tmp_path_factory.mktemp("candidate") / "candidate"
     model = ModelParams(batch_normalization_momentum=0.5)
