@@ -1,9 +1,12 @@
-"""The ways to run a bundle's model: Keras, or OpenVINO in float32 or bfloat16; same pixels in, probabilities out."""
+"""The ways to run a model: Keras, or OpenVINO in float32 or bfloat16; the same pixels in, the same rows out."""
 
 import abc
 import itertools
+import sys
 from collections import deque
 from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -28,7 +31,10 @@ class Engine(abc.ABC):
 
     @abc.abstractmethod
     def stream(self, batches: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
-        """Yield float32 (n, C) probabilities for each uint8 (n, H, W, 3) batch, n <= batch_size, in order."""
+        """Yield float32 (n, C) rows for each uint8 (n, H, W, 3) batch, n <= batch_size, in order.
+
+        The rows are what the model gives: probabilities, or an extractor's features.
+        """
 
     def probabilities(self, images: np.ndarray) -> np.ndarray:
         """Return float32 (N, C) probabilities for uint8 (N, H, W, 3) images, memory-mapped ones too."""
@@ -46,16 +52,13 @@ class Engine(abc.ABC):
 
 
 class KerasEngine(Engine):
-    """The bundle's Keras model on the backend's device."""
+    """A Keras model on the backend's device."""
 
     name = REFERENCE
 
-    def __init__(self, bundle: Bundle, batch_size: int) -> None:
-        from tasks.device import prepare_device
-
-        prepare_device()
+    def __init__(self, model: Any, batch_size: int) -> None:
         self.batch_size = batch_size
-        self._model = load_keras_model(bundle)
+        self._model = model
 
     def stream(self, batches: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
         for batch in batches:
@@ -63,23 +66,22 @@ class KerasEngine(Engine):
 
 
 class OpenVINOEngine(Engine):
-    """The exported OpenVINO model on the CPU, several batches in flight."""
+    """An OpenVINO model on the CPU, several batches in flight.
 
-    def __init__(self, bundle: Bundle, name: str, batch_size: int) -> None:
-        import openvino
+    Args:
+        model: an ``openvino.Model`` with one uint8 (N, H, W, 3) input; its N is set to ``batch_size``.
+    """
 
-        if not bundle.openvino_file.is_file():
-            raise NightlyError(f"{bundle.path} has no OpenVINO engine: the export stage writes it")
-        self.name = name
-        self.batch_size = batch_size
-        core = openvino.Core()
+    def __init__(self, model: Any, name: str, batch_size: int) -> None:
+        openvino = import_openvino()
         if name == "openvino-bfloat16" and not supports_bfloat16():
             raise NightlyError("precision bfloat16 needs a processor with bfloat16 instructions; float32 works here")
-        model = core.read_model(bundle.openvino_file)
-        size = bundle.decode.size
-        model.reshape([batch_size, size, size, 3])
+        self.name = name
+        self.batch_size = batch_size
+        _, *image_shape = model.inputs[0].partial_shape
+        model.reshape([batch_size, *image_shape])
         options = {"INFERENCE_PRECISION_HINT": OPENVINO_PRECISIONS[name], "PERFORMANCE_HINT": "THROUGHPUT"}
-        self._compiled = core.compile_model(model, "CPU", options)
+        self._compiled = openvino.Core().compile_model(model, "CPU", options)
         self._parallel = self._compiled.get_property("OPTIMAL_NUMBER_OF_INFER_REQUESTS")
 
     def stream(self, batches: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
@@ -104,11 +106,26 @@ class OpenVINOEngine(Engine):
             yield oldest()
 
 
-def supports_bfloat16() -> bool:
-    """Tell whether this processor computes in bfloat16."""
+def import_openvino() -> Any:
+    """Import OpenVINO without its telemetry, which would report every import over the network, unasked.
+
+    Where the package is missing OpenVINO, and NNCF with it, put a stub in its place. It has to be missing before
+    either is imported, and Keras's export imports OpenVINO too.
+    """
+    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
     import openvino
 
-    return "BF16" in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    return openvino
+
+
+def read_openvino(file: Path) -> Any:
+    """Return the ``openvino.Model`` in an ``.xml`` file and the ``.bin`` beside it."""
+    return import_openvino().Core().read_model(file)
+
+
+def supports_bfloat16() -> bool:
+    """Tell whether this processor computes in bfloat16."""
+    return "BF16" in import_openvino().Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
 
 
 def open_engine(bundle: Bundle, name: str, *, batch_size: int | None = None) -> Engine:
@@ -119,9 +136,14 @@ def open_engine(bundle: Bundle, name: str, *, batch_size: int | None = None) -> 
     """
     batch_size = batch_size or DEFAULT_BATCH_SIZE
     if name == REFERENCE:
-        return KerasEngine(bundle, batch_size)
+        from tasks.device import prepare_device
+
+        prepare_device()
+        return KerasEngine(load_keras_model(bundle), batch_size)
     if name in OPENVINO_PRECISIONS:
-        return OpenVINOEngine(bundle, name, batch_size)
+        if not bundle.openvino_file.is_file():
+            raise NightlyError(f"{bundle.path} has no OpenVINO engine: the export stage writes it")
+        return OpenVINOEngine(read_openvino(bundle.openvino_file), name, batch_size)
     raise NightlyError(f"engine '{name}' is unknown, {nearest(name, ENGINES)}")
 
 

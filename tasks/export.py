@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,9 +14,9 @@ from typing import Any
 import numpy as np
 from pydantic import Field
 
-from tasks.bundle import Bundle, load_bundle, load_keras_model
+from tasks.bundle import load_bundle, load_keras_model
 from tasks.device import prepare_device
-from tasks.engines import ENGINES, REFERENCE, Engine, open_engine, supports_bfloat16
+from tasks.engines import ENGINES, REFERENCE, Engine, import_openvino, open_engine, supports_bfloat16
 from tasks.errors import NightlyError, run_main
 from tasks.files import publish_directory
 from tasks.metrics import agreement, max_difference
@@ -94,7 +95,7 @@ def export(candidate: Path, prepared: Path, out: Path, params: ExportParams) -> 
         shutil.copytree(candidate, partial, dirs_exist_ok=True)
         bundle = load_bundle(partial)
         if params.openvino:
-            write_openvino(bundle)
+            write_openvino(load_keras_model(bundle), bundle.openvino_file)
         names = [name for name in ENGINES if name == REFERENCE or params.openvino]
         if not supports_bfloat16():
             names = [name for name in names if name != "openvino-bfloat16"]
@@ -125,28 +126,37 @@ def export(candidate: Path, prepared: Path, out: Path, params: ExportParams) -> 
     return ExportSummary(engines, threshold)
 
 
-def write_openvino(bundle: Bundle) -> None:
-    """Convert the bundle's Keras model to OpenVINO's format, beside it."""
+def write_openvino(model: Any, destination: Path) -> None:
+    """Convert a Keras model to OpenVINO's format: ``destination``, an ``.xml`` file, and a ``.bin`` beside it."""
+    import_openvino()
     import keras
 
+    destination.parent.mkdir(parents=True, exist_ok=True)
     if keras.backend.backend() in ("tensorflow", "openvino"):
-        bundle.openvino_file.parent.mkdir(parents=True, exist_ok=True)
-        load_keras_model(bundle).export(str(bundle.openvino_file), format="openvino", verbose=False)
+        model.export(str(destination), format="openvino", verbose=False)
         return
     # From JAX Keras would go through TensorFlow, which need not be installed. Its OpenVINO backend needs neither,
     # but a process has one backend, chosen when Keras is imported.
-    code = "import sys; from tasks.export import convert; convert(sys.argv[1])"
-    command = [sys.executable, "-W", "ignore", "-c", code, str(bundle.path)]
-    environment = {**os.environ, "KERAS_BACKEND": "openvino"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    code = "import sys; from tasks.export import convert; convert(*sys.argv[1:])"
+    with tempfile.TemporaryDirectory() as folder:
+        saved = Path(folder, "model.keras")
+        model.save(saved)
+        command = [sys.executable, "-W", "ignore", "-c", code, str(saved), str(destination)]
+        environment = {**os.environ, "KERAS_BACKEND": "openvino"}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         reason = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-        raise NightlyError(f"{bundle.path} cannot be converted to OpenVINO: {reason}")
+        raise NightlyError(f"{model.name} cannot be converted to OpenVINO: {reason}")
 
 
-def convert(directory: str) -> None:
-    """Convert the bundle in ``directory`` by the backend of this process."""
-    write_openvino(load_bundle(Path(directory)))
+def convert(model_file: str, destination: str) -> None:
+    """Convert a saved Keras model by the backend of this process."""
+    import_openvino()
+    import keras
+
+    import tasks.layers  # noqa: F401  registers the layers that the file names
+
+    write_openvino(keras.saving.load_model(model_file, compile=False, safe_mode=True), Path(destination))
 
 
 def main() -> None:
