@@ -9,7 +9,8 @@ from flows.child import StageFailed
 from flows.settings import RetrainParams
 from flows.stages import Emit
 from flows.workspace import Workspace
-from tasks import promote as registry
+from tasks import promote as ledger
+from tasks import registry
 from tasks.errors import NightlyError
 from tasks.files import read_json
 from tasks.promote import Entry, Metrics, Verdict
@@ -26,16 +27,16 @@ class Judgement:
 
 def judge_exported(workspace: Workspace, rules: RetrainParams, log: Path, emit: Emit) -> Judgement:
     """Judge ``models/exported`` against the champion, measuring that one anew if the test set has changed."""
-    challenger = registry.read_metrics(workspace.evaluation)
+    challenger = ledger.read_metrics(workspace.evaluation)
     champion_id = registry.champion_id(workspace.models)
     champion = None
     if champion_id is not None:
         path = _present(workspace, champion_id)
-        champion = registry.read_metrics(path / "evaluation")
+        champion = ledger.read_metrics(path / "evaluation")
         same_classes = set(champion["per_class"]) == set(challenger["per_class"])
         if same_classes and champion["test_digest"] != challenger["test_digest"]:
             champion = _measured_anew(workspace, path, challenger["test_digest"], log, emit) or champion
-    verdict = registry.judge(challenger, champion, rules.minimum_gain, rules.accuracy_floor)
+    verdict = ledger.judge(challenger, champion, rules.minimum_gain, rules.accuracy_floor)
     if verdict.action == "promote":
         verdict = _respect_rollback(workspace, challenger["model_id"]) or verdict
     return Judgement(verdict, challenger, champion)
@@ -43,7 +44,7 @@ def judge_exported(workspace: Workspace, rules: RetrainParams, log: Path, emit: 
 
 def _respect_rollback(workspace: Workspace, model_id: str) -> Verdict | None:
     """Hold a model that a person took out of service: its figures were better then, too."""
-    taken_out = registry.withdrawal(workspace.models, model_id)
+    taken_out = ledger.withdrawal(workspace.models, model_id)
     if taken_out is None:
         return None
     by_hand = f"put it back by hand with 'nightly promote {model_id}'"
@@ -59,14 +60,14 @@ def carry_out(workspace: Workspace, judgement: Judgement, patience_seconds: floa
     models, verdict, model_id = workspace.models, judgement.verdict, judgement.challenger["model_id"]
     if verdict.action == "promote":
         _register(workspace, patience_seconds, emit)
-        registry.promote(models, model_id, verdict, judgement.champion)
+        ledger.promote(models, model_id, verdict, judgement.champion)
     elif model_id != registry.champion_id(models) and not _said_already(models, model_id, verdict):
         digest = read_json(workspace.exported / "bundle.json")["data_digest"]
-        registry.hold(models, verdict, judgement.challenger, judgement.champion, digest)
+        ledger.hold(models, verdict, judgement.challenger, judgement.champion, digest)
 
 
 def _said_already(models: Path, model_id: str, verdict: Verdict) -> bool:
-    last = registry.history(models)[-1:]
+    last = ledger.history(models)[-1:]
     return [(entry.action, entry.id, entry.reasons) for entry in last] == [("hold", model_id, verdict.reasons)]
 
 
@@ -81,16 +82,16 @@ def promote_by_hand(workspace: Workspace, model_id: str, reason: str, emit: Emit
     if model_id not in registry.registered(workspace.models) and _exported_id(workspace) == model_id:
         _register(workspace, 0.0, emit)
     _present(workspace, model_id)
-    return registry.promote(workspace.models, model_id, Verdict("promote", [reason]))
+    return ledger.promote(workspace.models, model_id, Verdict("promote", [reason]))
 
 
 def roll_back(workspace: Workspace, model_id: str | None, reason: str) -> Entry:
     """Put ``model_id`` (None: the champion's predecessor) back in service, fetching it if it was pruned."""
-    target = model_id or registry.rollback_target(workspace.models)
+    target = model_id or ledger.rollback_target(workspace.models)
     if _current(workspace) == target:
         raise NightlyError(f"{target} is the champion already")
     _present(workspace, target)
-    return registry.rollback(workspace.models, target, reason)
+    return ledger.rollback(workspace.models, target, reason)
 
 
 def _current(workspace: Workspace) -> str | None:
@@ -106,7 +107,7 @@ def _exported_id(workspace: Workspace) -> str | None:
 
 
 def _register(workspace: Workspace, patience_seconds: float, emit: Emit) -> None:
-    model_id = registry.register(workspace.exported, workspace.evaluation, workspace.registry)
+    model_id = ledger.register(workspace.exported, workspace.evaluation, workspace.registry)
     stages.track(workspace.root, workspace.registry / model_id, patience_seconds, emit)
 
 
@@ -133,4 +134,4 @@ def _measured_anew(workspace: Workspace, path: Path, test_digest: str, log: Path
     except StageFailed as failure:
         emit(f"the champion can't be measured on it: {failure}")
         return None
-    return registry.read_metrics(out)
+    return ledger.read_metrics(out)

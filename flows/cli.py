@@ -110,7 +110,7 @@ def predict(
     from tasks.params import parse_section, read_params_file
     from tasks.predict import PredictParams
     from tasks.predict import predict as classify
-    from tasks.promote import champion_path
+    from tasks.registry import champion_path
 
     options = {
         "engine": engine,

@@ -14,7 +14,7 @@ from flows.summary import Predictions
 from flows.workspace import Workspace, find_workspace
 from tasks.errors import NightlyError
 from tasks.files import read_json
-from tasks.promote import champion_id, champion_path
+from tasks.registry import champion_id, champion_path
 
 shorten_expected_errors()
 

@@ -91,7 +91,8 @@ class Checkpoints:
 
 
 def _read(path: Path) -> State:
-    with np.load(path, allow_pickle=False) as file:
+    # Opened here, because NumPy leaves a damaged file open.
+    with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
         facts = json.loads(file[_FACTS].tobytes())
         arrays = {name.removeprefix("array:"): file[name] for name in file.files if name != _FACTS}
     return State(arrays, facts)

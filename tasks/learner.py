@@ -62,7 +62,7 @@ class Learner(keras.Model):
         if training:
             images = self.augmentation(images, training=True)
             if self.mix is not None:
-                mixed, targets = self.mix((images, targets), training=True)
+                mixed, targets = self.mix(images, targets, training=True)
                 # Back to whole levels: the classifier sees the very dtype that it will see in service.
                 images = ops.cast(ops.round(mixed), "uint8")
         probabilities = self.classifier(images, training=training)

@@ -7,6 +7,9 @@ import numpy as np
 
 from tasks.checkpoint import State
 
+#: The columns of ``history.csv``. ``seconds`` are those of training alone, without validation and checkpoints.
+HISTORY_COLUMNS = ("epoch", "loss", "accuracy", "val_loss", "val_accuracy", "learning_rate", "seconds")
+
 
 @dataclass
 class Standing:

@@ -72,7 +72,8 @@ def test_a_stage_depends_on_exactly_the_paths_its_command_reads(name):
     words = STAGES[name]["cmd"].split()[3:]
     paths = dict(zip(words[::2], words[1::2], strict=True))
     writes = {path for option, path in paths.items() if option in ("--out", "--card")}
-    reads = set(paths.values()) - writes
+    # What outlives a run and what is in service are no inputs: a new champion makes no training stale.
+    reads = {path for option, path in paths.items() if option not in ("--scratch", "--models")} - writes
     listed = {dependency for dependency in STAGES[name]["deps"] if not dependency.startswith("tasks/")}
     assert listed == reads
     for kind in ("outs", "metrics", "plots"):

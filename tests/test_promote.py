@@ -13,18 +13,16 @@ from tasks.errors import NightlyError
 from tasks.files import read_json, write_json
 from tasks.promote import (
     Verdict,
-    champion_id,
-    champion_path,
     history,
     hold,
     incomparable,
     judge,
     promote,
     register,
-    registered,
     rollback,
     rollback_target,
 )
+from tasks.registry import champion_id, champion_path, registered
 from tests.miniature import export, metrics
 
 

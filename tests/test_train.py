@@ -11,73 +11,10 @@ from tasks.bundle import load_bundle, load_keras_model, model_id
 from tasks.classifier import ModelParams
 from tasks.errors import NightlyError
 from tasks.images import DecodePolicy
-from tasks.train import Split, TrainParams, make_batches, make_loss, make_optimizer, train
+from tasks.recipe import TrainParams
+from tasks.train import train
 
 QUICK = TrainParams(epochs=1, batch_size=16, learning_rate=0.01)
-
-
-def arrays(count):
-    images = np.arange(count, dtype=np.uint8).reshape(count, 1, 1, 1).repeat(3, axis=3)
-    return Split(images, np.eye(count, dtype=np.float32))
-
-
-def order_of(batches):
-    return [int(value) for index in range(len(batches)) for value in batches[index][0][:, 0, 0, 0]]
-
-
-def test_training_batches_are_shuffled_anew_each_epoch_and_by_seed():
-    batches = make_batches(arrays(64), 16, seed=1)
-    first = order_of(batches)
-    assert sorted(first) == list(range(64))
-    assert first != list(range(64))
-    batches.on_epoch_end()
-    assert order_of(batches) != first
-    assert order_of(make_batches(arrays(64), 16, seed=1)) == first
-    assert order_of(make_batches(arrays(64), 16, seed=2)) != first
-
-
-def test_a_short_last_batch_is_left_out_of_training_and_kept_in_validation():
-    assert len(make_batches(arrays(50), 16, seed=1)) == 3
-    validation = make_batches(arrays(50), 16, seed=None)
-    assert len(validation) == 4
-    assert order_of(validation) == list(range(50))
-
-
-def test_a_target_stays_with_its_image():
-    images, targets = make_batches(arrays(64), 16, seed=1)[2]
-    np.testing.assert_array_equal(images[:, 0, 0, 0], targets.argmax(axis=1))
-
-
-def test_cosine_rises_through_the_warmup_and_falls_to_zero():
-    params = TrainParams(epochs=10, learning_rate=0.1, schedule="cosine", warmup_epochs=2)
-    rate = make_optimizer(params, steps_per_epoch=10)._learning_rate
-    assert float(rate(0)) == pytest.approx(0, abs=1e-6)
-    assert float(rate(10)) == pytest.approx(0.05, rel=1e-5)
-    assert float(rate(20)) == pytest.approx(0.1, rel=1e-5)
-    assert float(rate(60)) == pytest.approx(0.05, rel=1e-5)  # half-way down the cosine
-    assert float(rate(100)) == pytest.approx(0, abs=1e-6)
-
-
-@pytest.mark.parametrize("name", ["adam", "adamw", "rmsprop", "sgd"])
-def test_every_optimizer_gets_its_settings(name):
-    params = TrainParams(optimizer=name, learning_rate=0.02, schedule="constant", weight_decay=0.01)
-    optimizer = make_optimizer(params, 10)
-    assert type(optimizer).__name__.lower() == name
-    assert float(optimizer.learning_rate) == pytest.approx(0.02)
-    assert optimizer.weight_decay == 0.01
-    if name == "sgd":
-        assert optimizer.momentum == 0.9
-        assert optimizer.nesterov
-
-
-def test_losses_equal_their_formulas():
-    targets, found = np.array([[0.0, 1.0]]), np.array([[0.2, 0.8]])
-    cross = make_loss(TrainParams())(targets, found)
-    assert float(cross) == pytest.approx(-np.log(0.8), rel=1e-5)
-    binary = make_loss(TrainParams(loss="binary_crossentropy"))(targets, found)
-    assert float(binary) == pytest.approx(-np.log(0.8), rel=1e-4)
-    smooth = make_loss(TrainParams(label_smoothing=0.2))(targets, found)
-    assert float(smooth) == pytest.approx(-0.9 * np.log(0.8) - 0.1 * np.log(0.2), rel=1e-5)
 
 
 def test_training_learns_the_colors_and_says_how(candidate):
