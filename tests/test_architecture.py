@@ -10,8 +10,8 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 DEEP_LEARNING = {"tensorflow", "keras", "openvino", "jax"}
 ORCHESTRATION = {"prefect", "dvc", "flows"}
-#: The one module that needs Keras to define its classes; nobody imports it before it is needed.
-NEEDS_KERAS = {"layers"}
+#: The modules that need Keras to define their classes; nobody imports them before they are needed.
+NEEDS_KERAS = {"layers", "learner", "mixing"}
 
 
 def modules_of(package: str) -> list[str]:
