@@ -65,7 +65,9 @@ class _Update:
     accumulation, because Keras's own ``gradient_accumulation_steps`` moves the schedule on with every
     micro-batch, and its conditional update cannot be compiled under MirroredStrategy ("merge_call called while
     defining a new graph"). Here every micro-batch computes the update, and all but the last of a set assign
-    what was there before: no branch, so any backend, XLA and any distribution will do.
+    what was there before: no branch, so any backend, XLA and any distribution will do. The sums of gradients
+    come last among the ``variables``: what comes before is the same for every ``accumulation``, but for the
+    first, which counts batches.
     """
 
     def __init__(

@@ -258,6 +258,36 @@ def test_resumed_run_ends_with_the_unbroken_runs_weights(kind, accumulation):
     assert any((one != other).any() for one, other in zip(broken.get_weights(), unbroken.get_weights(), strict=True))
 
 
+@pytest.mark.parametrize("schedule", ["constant", "cosine"])
+@pytest.mark.parametrize("kind", ["sgd", "adam", "rmsprop"])
+def test_run_may_go_on_with_smaller_batches(kind, schedule):
+    import keras
+
+    recipe = params(optimizer=kind, schedule=schedule, weight_decay=DECAY)
+    gradients = np.random.default_rng(0).normal(size=(6, 3, 2)).astype("float32")
+
+    def start(accumulation: int):
+        variable = keras.Variable(np.ones((3, 2), "float32"))
+        optimizer = make_optimizer(recipe, 4, accumulation=accumulation)
+        optimizer.build([variable])
+        return optimizer, variable
+
+    optimizer, variable = start(1)
+    for number, gradient in enumerate(gradients):
+        if number == 3:
+            state, middle = [np.array(one) for one in optimizer.variables], np.array(variable)
+        optimizer.apply([gradient], [variable])
+    halved, halved_variable = start(2)
+    halved_variable.assign(middle)
+    state[0] *= 2  # the count of batches
+    for one, value in zip(halved.variables, state, strict=False):
+        one.assign(value)
+    for gradient in gradients[3:]:
+        halved.apply([gradient - 1], [halved_variable])
+        halved.apply([gradient + 1], [halved_variable])
+    np.testing.assert_allclose(np.asarray(halved_variable), np.asarray(variable), rtol=1e-6, atol=1e-7)
+
+
 @pytest.mark.slow
 def test_mixed_precision_leaves_rates_and_state_in_float32():
     import keras
