@@ -4,9 +4,11 @@ import argparse
 import os
 import time
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 
 import cv2
 import numpy as np
@@ -16,9 +18,11 @@ from tasks.device import prepare_device
 from tasks.errors import NightlyError, run_main
 from tasks.files import publish_directory, read_json, write_json
 from tasks.params import Section, read_section
+from tasks.progress import progress
 
 #: Of the preview and the measurement; training draws with its own.
 PREVIEW_SEED = 0
+COPIES_SEED = 1
 PREVIEW_CLASSES = 10
 PREVIEW_DRAWS = 8
 #: Images are enlarged by whole factors to at least the first and shrunk to at most the second, in pixels.
@@ -61,6 +65,9 @@ class AugmentParams(Section):
     Shifts are uniform in -``shift_pixels``..``shift_pixels`` on both axes; ``shift_fill`` says what comes in
     over the edge: its last pixel repeated, the mirrored image (good for photographs, but it brings bits of a
     digit's strokes back in), or black. A flip happens to half of the images.
+
+    ``copies``: augmented copies of the training split written for training on cached features, which a frozen
+    backbone computes once; each costs as much disk as the split, and as much computing of features.
     """
 
     flip_horizontal: bool = False
@@ -68,15 +75,18 @@ class AugmentParams(Section):
     shift_pixels: int = Field(1, ge=0)
     shift_fill: Literal["edge", "reflect", "constant"] = "edge"
     eraser: EraserParams = EraserParams()
+    copies: int = Field(0, ge=0)
 
 
 @dataclass(frozen=True)
 class AugmentSummary:
-    """Images measured, the share of them erased, and the speed of the pipeline on this machine."""
+    """Images measured, the share of them erased, the speed of the pipeline on this machine, and what was written."""
 
     images: int
     erased_fraction: float
     images_per_second: float
+    copied_images: int
+    copied_bytes: int
 
 
 def build_augmentation(params: AugmentParams, image_shape: tuple[int, int, int], seed: int) -> Any:
@@ -246,7 +256,7 @@ def augment(prepared: Path, out: Path, params: AugmentParams) -> AugmentSummary:
 
     Args:
         prepared: the prepare stage's output.
-        out: receives ``preview.png`` and ``summary.json``, the same bytes for the same input and backend.
+        out: receives ``preview.png``, ``summary.json`` and the copies, the same bytes for the same input and backend.
             Training depends on them: a timing in there would retrain every night, so it is returned instead.
 
     Raises:
@@ -273,9 +283,54 @@ def augment(prepared: Path, out: Path, params: AugmentParams) -> AugmentSummary:
     some = f", {len(shown)} of {len(classes)} classes" if len(shown) < len(classes) else ""
     with publish_directory(out) as partial:
         draw_preview(partial / "preview.png", rows, f"Augmentation{some}", describe(params))
+        summary["copies"] = write_copies(params, prepared / "train", partial)
         write_json(partial / "summary.json", summary)
     speed = images_per_second(augmentation, sample)
-    return AugmentSummary(len(sample), summary["eraser"]["erased_fraction"], speed)
+    copies = summary["copies"]
+    return AugmentSummary(len(sample), summary["eraser"]["erased_fraction"], speed, copies["images"], copies["bytes"])
+
+
+def write_copies(params: AugmentParams, split: Path, out: Path, seed: int = COPIES_SEED) -> dict[str, int]:
+    """Write ``params.copies`` augmented copies of a split: copy k of its N images' image i is row k * N + i.
+
+    Args:
+        split: holds ``images.npy`` and ``targets.npy``.
+        out: receives files of the same names, or none if no copies are asked for.
+
+    Returns:
+        How many ``images`` were written, and their ``bytes``.
+    """
+    images = np.load(split / "images.npy", mmap_mode="r")
+    targets = np.load(split / "targets.npy", mmap_mode="r")
+    written = {"images": params.copies * len(images), "bytes": params.copies * images.nbytes}
+    if not params.copies:
+        return written
+    augmentation = build_augmentation(params, images.shape[1:], seed)
+    with (
+        _array_file(out / "images.npy", images, params.copies) as image_file,
+        _array_file(out / "targets.npy", targets, params.copies) as target_file,
+        progress("Augmented copies", written["images"]) as advance,
+    ):
+        for _ in range(params.copies):
+            for start in range(0, len(images), BATCH):
+                batch = images[start : start + BATCH]
+                image_file.write(np.asarray(augmentation(batch, training=True)).tobytes())
+                target_file.write(targets[start : start + BATCH].tobytes())
+                advance(len(batch))
+    return written
+
+
+@contextmanager
+def _array_file(path: Path, like: np.ndarray, copies: int) -> Iterator[BinaryIO]:
+    """Open an ``.npy`` file whose rows are to be written one after the other, ``copies`` times those of ``like``.
+
+    Written, not mapped into memory: where a full disk stops a write with an error, it kills a mapping's owner.
+    """
+    with path.open("wb") as file:
+        shape = (copies * len(like), *like.shape[1:])
+        header = {"descr": np.lib.format.dtype_to_descr(like.dtype), "fortran_order": False, "shape": shape}
+        np.lib.format.write_array_header_1_0(file, header)
+        yield file
 
 
 def main() -> None:
@@ -290,6 +345,9 @@ def main() -> None:
     os.environ["JAX_PLATFORMS"] = "cpu"
     prepare_device()
     summary = augment(args.prepared, args.out, params)
+    if summary.copied_images:
+        size = f"{summary.copied_images:,} images, {summary.copied_bytes:,} bytes"
+        print(f"{params.copies} augmented copies of the training split: {size} in {args.out / 'images.npy'}")
     print(
         f"{describe(params)}; measured on {summary.images:,} images: {summary.erased_fraction:.1%} erased, "
         f"{summary.images_per_second:,.0f} images/s uncompiled; see {args.out / 'preview.png'}"

@@ -20,6 +20,7 @@ from tasks.augment import (
     describe,
     draw_preview,
     measure,
+    write_copies,
 )
 from tasks.errors import NightlyError
 from tasks.files import read_json, write_json
@@ -69,6 +70,7 @@ def test_defaults_are_safe_for_digits_and_the_erasers_are_the_published_ones():
         ({"eraser": {"s": 1}}, "unknown key 'augment.eraser.s'"),
         ({"shift_pixels": -1}, "'augment.shift_pixels': .*but is -1"),
         ({"shift_fill": "warp"}, "'augment.shift_fill': .*'edge', 'reflect' or 'constant', but is 'warp'"),
+        ({"copies": -1}, "'augment.copies': .*greater than or equal to 0, but is -1"),
         ({"flip_horisontal": True}, "did you mean 'flip_horizontal'"),
     ],
 )
@@ -192,6 +194,46 @@ def test_stage_gives_the_same_bytes_again(stage, tmp_path):
         assert (tmp_path / "augmented" / name).read_bytes() == (out / name).read_bytes(), name
 
 
+def test_no_copies_unless_asked_for(stage):
+    _, out, _, result = stage
+    assert (result.copied_images, result.copied_bytes) == (0, 0)
+    assert read_json(out / "summary.json")["copies"] == {"images": 0, "bytes": 0}
+
+
+def test_copies_follow_each_other_and_are_drawn_anew(tmp_path):
+    # 300 images: more than two batches, the last one short.
+    images, labels = noise(300), np.arange(300) % 3
+    prepared = write_prepared(tmp_path, images, labels, ["a", "b", "c"])
+    params = NOTHING.changed(flip_horizontal=True, copies=2)
+    result = augment(prepared, tmp_path / "augmented", params)
+    copies = np.load(tmp_path / "augmented" / "images.npy", mmap_mode="r")
+    targets = np.load(tmp_path / "augmented" / "targets.npy")
+    assert (copies.dtype, copies.shape) == (np.uint8, (600, 12, 12, 3))
+    assert (targets.dtype, targets.shape) == (np.float32, (600, 3))
+    assert (result.copied_images, result.copied_bytes) == (600, copies.nbytes)
+    assert read_json(tmp_path / "augmented" / "summary.json")["copies"] == {"images": 600, "bytes": copies.nbytes}
+    flipped = []
+    for k in range(2):
+        for i in range(300):
+            copy = copies[k * 300 + i]
+            flipped.append((copy == images[i, :, ::-1]).all())
+            assert flipped[-1] or (copy == images[i]).all()
+            assert targets[k * 300 + i].argmax() == labels[i]
+    assert abs(np.mean(flipped) - 0.5) < 4 * np.sqrt(0.25 / 600)
+    assert flipped[:300] != flipped[300:]
+
+
+def test_the_seed_decides_on_the_copies(tmp_path):
+    prepared = write_prepared(tmp_path, noise(40), np.arange(40) % 2, ["a", "b"])
+    params = EVERYTHING.changed(copies=1)
+    found = []
+    for name, seed in (("first", 1), ("again", 1), ("other", 2)):
+        (tmp_path / name).mkdir()
+        write_copies(params, prepared / "train", tmp_path / name, seed)
+        found.append((tmp_path / name / "images.npy").read_bytes())
+    assert found[0] == found[1] != found[2]
+
+
 def test_preview_shows_a_row_per_class_with_the_original_enlarged(stage):
     prepared, out, _, _ = stage
     sheet = read_png(out / "preview.png")
@@ -289,7 +331,9 @@ def test_command_under_jax_without_tensorflow(tmp_path):
     assert refused.returncode == 1
     assert refused.stderr == "error: augment.shift_pixels must be below the image's 12 pixels, but is 12\n"
     assert not out.exists()
-    done = command({"eraser": {"p": 1, "s_l": 0.1}})
+    done = command({"eraser": {"p": 1, "s_l": 0.1}, "copies": 3})
     assert done.returncode == 0, done.stderr[-2000:]
     assert "40 images: 100.0% erased" in done.stdout
+    assert "3 augmented copies of the training split: 120 images, 51,840 bytes in" in done.stdout
+    assert np.load(out / "images.npy").shape == (120, 12, 12, 3)
     assert read_json(out / "summary.json")["eraser"]["erased_fraction"] == 1
