@@ -29,13 +29,15 @@ class Machine:
 def choose(params: TrainParams, device: Device, images: np.ndarray) -> Machine:
     """Fill in what ``params`` leaves to the device, by what was measured fastest.
 
-    On a CPU bfloat16 pays with AMX alone, and XLA made training half as fast; JAX has nothing but XLA.
+    On a CPU bfloat16 pays with AMX alone, and XLA made training half as fast; JAX has nothing but XLA, and
+    TensorFlow cannot compile an update under MirroredStrategy with it.
     """
     gpu = device.kind == "gpu"
+    mirrored = device.backend == "tensorflow" and device.count > 1
     fits = device.count == 1 and images.nbytes <= RESIDENT_SHARE * (device.memory_bytes or 0)
     chosen = {
         "precision": "mixed_bfloat16" if device.fast_bfloat16 else "float32",
-        "jit_compile": gpu or device.backend == "jax",
+        "jit_compile": (gpu and not mirrored) or device.backend == "jax",
         "steps_per_execution": 1,
         "data_on_device": gpu and fits,
     }

@@ -114,19 +114,43 @@ class Run:
             lambda lower, parts: self.learner(start, lower, parts),
             self.machine.data_on_device,
         )
-        self.checkpoints = Checkpoints(self.scratch.checkpoints, run_key(self._identity(start)))
+        self.checkpoints = Checkpoints(self.scratch.checkpoints, run_key(self._identity()))
         outcome = Loop(job, self.params, self.checkpoints).run()
         if outcome.micro_batches > 1:
             self.found["micro_batches"] = outcome.micro_batches
         return outcome.rows, outcome.kept, outcome.weights
 
     def _probe(self, start: list[np.ndarray] | None) -> tuple[list[dict], dict, list[np.ndarray]]:
+        import keras
+
         from tasks.probe import probe
 
+        keras.utils.set_random_seed(self.params.seed)
         classifier = self._classifier(self.model, frozen=True)
         if start is not None:
             classifier.set_weights(start)
-        raise RuntimeError(probe)
+        data = self.data
+        outcome = probe(
+            classifier,
+            data.training,
+            data.validation,
+            self.augmented,
+            self.scratch.features,
+            self.params,
+            self.model,
+            trained_head=start is not None,
+        )
+        self.found["features"] = {
+            "engine": outcome.engine,
+            "images": outcome.images,
+            "computed": outcome.computed,
+            "seconds": {part: round(seconds, 1) for part, seconds in outcome.seconds.items()},
+        }
+        parts = ", ".join(f"{part} {seconds:.1f} s" for part, seconds in outcome.seconds.items())
+        print(
+            f"probe by {outcome.engine}: {outcome.computed:,} of {outcome.images:,} images' features computed; {parts}"
+        )
+        return outcome.rows, outcome.kept, classifier.get_weights()
 
     def _classifier(self, model: ModelParams, *, frozen: bool = False) -> Any:
         return build_classifier(
@@ -195,7 +219,7 @@ class Run:
         self.found["warm_start"] = bundle.id
         return weights
 
-    def _identity(self, start: list[np.ndarray] | None) -> dict[str, Any]:
+    def _identity(self) -> dict[str, Any]:
         """Return all that a checkpoint must agree on."""
         weights = self.model.weights
         return {
@@ -207,7 +231,7 @@ class Run:
             "classes": self.data.classes,
             "device": [self.device.backend, self.device.kind, self.device.count, self.machine.precision],
             "libraries": library_versions(),
-            "recipe": self.found,
+            "warm_start": self.found.get("warm_start"),
         }
 
     def tidy_up(self) -> None:
@@ -243,6 +267,7 @@ def train(
     images = len(data.training.images)
     if images < params.batch_size:
         raise NightlyError(f"train.batch_size must be at most the {images} training images, but is {params.batch_size}")
+    check_resolutions(params, model)
     device = prepare_device(params.require_gpu, deterministic=params.deterministic)
     if params.batch_size % device.count:
         raise NightlyError(
@@ -282,6 +307,16 @@ def train(
         bundle.save()
     run.tidy_up()
     return TrainSummary(bundle.id, float(kept["val_accuracy"]), seconds)
+
+
+def check_resolutions(params: TrainParams, model: ModelParams) -> None:
+    """Refuse ``low_resolution_epochs`` for a network whose weights do not fit the lower resolution."""
+    if params.low_resolution_epochs and model.doublings < 1:
+        raise NightlyError(
+            f"train.low_resolution_epochs needs model.doublings of 1 or more, but it is {model.doublings}"
+        )
+    if params.low_resolution_epochs and model.pool != "avg":
+        raise NightlyError(f"train.low_resolution_epochs needs model.pool: avg, but it is {model.pool}")
 
 
 def head_variables(classifier: Any) -> list[Any]:
