@@ -8,8 +8,13 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 from tasks.errors import NightlyError
+
+DRIVER = Path("/proc/driver/nvidia/version")
+CPU = Path("/proc/cpuinfo")
 
 #: Makes XLA's kernels for GPUs add in a fixed order. Read once, when XLA starts.
 _DETERMINISTIC_XLA = "--xla_gpu_deterministic_ops=true"
@@ -65,7 +70,9 @@ def prepare_device(require_gpu: bool = False, *, deterministic: bool = False) ->
             "installed, or set train.require_gpu to false"
         )
     if not gpus:
-        return Device(backend, "cpu", _cpu_name(), _cpu_count(backend), fast_bfloat16="amx_bf16" in _cpu_flags())
+        return Device(
+            backend, "cpu", _cpu_name(), _cpu_count(backend), fast_bfloat16="amx_bf16" in _line(CPU, "flags").split()
+        )
     name, capability = gpus[0]
     return Device(
         backend, "gpu", name, len(gpus), _nvidia_driver(), _gpu_memory_bytes(), fast_bfloat16=capability >= (8, 0)
@@ -76,16 +83,17 @@ def prepare_device(require_gpu: bool = False, *, deterministic: bool = False) ->
 def data_parallel(device: Device) -> Iterator[None]:
     """Build, compile and train Keras models in here, and each batch is shared out among the devices of this machine.
 
-    With a single one nothing is changed. Batch sizes must be multiples of ``device.count``.
+    With a single one nothing is changed. Batch sizes must be multiples of ``device.count``. With several on
+    TensorFlow, Keras can neither compile the training step with XLA nor run several steps per execution, a
+    ``keras.losses.Loss`` called in here gives the loss divided by ``device.count``, every replica draws the same
+    random numbers unless told otherwise, and see :func:`normalize_whole_batches`.
     """
     import keras
 
     if device.count == 1:
         yield
     elif device.backend == "jax":
-        # The device names are given, or a machine's GPUs of a second kind would take part.
-        names = keras.distribution.list_devices(device.kind)
-        with keras.distribution.DataParallel(devices=names).scope():
+        with keras.distribution.DataParallel(devices=keras.distribution.list_devices(device.kind)).scope():
             yield
     else:
         import tensorflow as tf
@@ -93,6 +101,20 @@ def data_parallel(device: Device) -> Iterator[None]:
         names = [logical.name for logical in tf.config.list_logical_devices(device.kind.upper())]
         with tf.distribute.MirroredStrategy(names).scope():
             yield
+
+
+def normalize_whole_batches(model: Any, device: Device) -> None:
+    """Let a flat Keras model's BatchNorm see whole batches on several devices, as it does on one, and on JAX.
+
+    TensorFlow's replicas would otherwise normalize by their own shares, and of their moving statistics only the
+    first one's would be saved.
+    """
+    import keras
+
+    if device.count > 1 and device.backend == "tensorflow":
+        for layer in model.layers:
+            if isinstance(layer, keras.layers.BatchNormalization):
+                layer.synchronized = True
 
 
 @contextmanager
@@ -144,11 +166,7 @@ def _jax_gpus() -> list[tuple[str, tuple[int, ...]]]:
 
 
 def _nvidia_driver() -> str | None:
-    try:
-        with open("/proc/driver/nvidia/version", encoding="utf-8") as file:
-            found = re.search(r"\s(\d+\.\d+(\.\d+)?)\s", file.readline())
-    except OSError:
-        return None
+    found = re.search(r"\s(\d+\.\d+(\.\d+)?)\s", _line(DRIVER, "NVRM version"))
     return found[1] if found else None
 
 
@@ -178,18 +196,14 @@ def _cpu_count(backend: str) -> int:
 
 
 def _cpu_name() -> str:
-    return f"{_cpuinfo('model name') or 'CPU'}, {os.cpu_count()} cores"
+    return f"{_line(CPU, 'model name') or 'CPU'}, {os.cpu_count()} cores"
 
 
-def _cpu_flags() -> list[str]:
-    return _cpuinfo("flags").split()
-
-
-def _cpuinfo(key: str) -> str:
-    """Return a line of the first core's description, empty where Linux doesn't tell or it isn't Linux."""
+def _line(file: Path, key: str) -> str:
+    """Return what stands after ``key:`` in one of Linux's files; empty where there is none, or no such file."""
     try:
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            return next((line.split(":", 1)[1].strip() for line in file if line.startswith(key)), "")
+        with file.open(encoding="utf-8") as lines:
+            return next((line.split(":", 1)[1].strip() for line in lines if line.startswith(key)), "")
     except OSError:
         return ""
 
