@@ -333,21 +333,24 @@ def test_a_damaged_entry_is_computed_again(extractor, tmp_path, damage):
 def test_the_cache_keeps_what_was_used_last_and_all_of_this_run(extractor, tmp_path, monkeypatch):
     splits = [noise(CPU_BATCH, seed) for seed in range(4)]
     for number, images in enumerate(splits[:3]):
+        before = set(tmp_path.iterdir())
         source(extractor, tmp_path).features(images, "some")
-        entry = max(tmp_path.iterdir(), key=lambda path: (path / "facts.json").stat().st_mtime_ns)
+        (entry,) = set(tmp_path.iterdir()) - before
         os.utime(entry / "facts.json", (number, number))
     size = sum(file.stat().st_size for file in tmp_path.rglob("*") if file.is_file()) // 3
     monkeypatch.setattr(tasks.features, "CACHE_BYTES", 3 * size + 100)
-    last = source(extractor, tmp_path)
-    last.features(splits[0], "oldest")  # a hit: from now on it is the one used last
-    last.features(splits[3], "new")
+    source(extractor, tmp_path).features(splits[0], "found again")  # from now on it is the one used last
+    source(extractor, tmp_path).features(splits[3], "new")
     assert len(list(tmp_path.iterdir())) == 3
-    assert source(extractor, tmp_path).features(splits[0], "oldest") is not None
+    again = source(extractor, tmp_path)
+    for images in (splits[0], splits[2], splits[3]):
+        again.features(images, "still there")
+    assert again.computed == 0
     monkeypatch.setattr(tasks.features, "CACHE_BYTES", 0)
     both = source(extractor, tmp_path)
-    for images in splits[:2]:
-        both.features(images, "needed by this run")
-    assert both.computed == CPU_BATCH  # splits[1] was the one to go, and came back
+    both.features(splits[0], "found")
+    both.features(splits[1], "computed")
+    assert both.computed == CPU_BATCH
     assert len(list(tmp_path.iterdir())) == 2
 
 
