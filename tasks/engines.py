@@ -112,7 +112,7 @@ def import_openvino() -> Any:
     Where the package is missing OpenVINO, and NNCF with it, put a stub in its place. It has to be missing before
     either is imported, and Keras's export imports OpenVINO too.
     """
-    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
+    sys.modules.setdefault("openvino_telemetry", None)
     import openvino
 
     return openvino
