@@ -121,7 +121,7 @@ def run(
             for line in _lines(guard.stdout):  # unread, it would block in the middle of its checkpoint
                 hear(line or "")
             if promise := last_words.promise(guard.wait()):
-                emit(f"{name} {promise}")
+                emit(promise)
             raise
     promise = last_words.promise(guard.returncode)
     if expired:

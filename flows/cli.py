@@ -14,6 +14,9 @@ if TYPE_CHECKING:
 
     from tasks.promote import Entry
 
+#: Exit code of a command that a Ctrl-C ended, as shells have it.
+_CTRL_C = 130
+
 app = typer.Typer(
     name="nightly",
     help="Retrain an image classifier every night, keep the better model in service, classify folders with it.",
@@ -257,7 +260,9 @@ def main() -> None:
     except (NightlyError, OSError) as error:
         _fail(describe(error), 1)
     except (KeyboardInterrupt, typer.Abort):
-        _fail("interrupted", 130)
+        code = _CTRL_C
+    if code == _CTRL_C:  # newer versions of typer return it
+        _fail("interrupted", _CTRL_C)
     sys.exit(code if isinstance(code, int) else 0)
 
 

@@ -44,11 +44,12 @@ class Calm(logging.Filter):
     def __init__(self, who_tells: str) -> None:
         super().__init__()
         self.error_teller = "prefect.flow_runs" if who_tells == "flow" else None
+        self.chatter = _CHATTER if who_tells == "flow" else (*_CHATTER, "Crash detected! ")
 
     def filter(self, record: logging.LogRecord) -> bool:
         if getattr(record, "expected", False):
             return record.name == self.error_teller
-        return not str(record.msg).startswith(_CHATTER)
+        return not str(record.msg).startswith(self.chatter)
 
 
 def shorten_expected_errors() -> None:

@@ -29,7 +29,7 @@ STAGES = """
 """
 
 WORK = """
-    import json, pathlib, sys, time
+    import json, os, pathlib, signal, sys, time
 
     def write(path, content):
         path = pathlib.Path(path)
@@ -47,10 +47,25 @@ WORK = """
         write("data/raw/archive", "bytes")
 
     if sys.argv[1] == "train":
-        print("epoch 1")
+        checkpoint = pathlib.Path("checkpoint")
+        step = int(checkpoint.read_text()) if checkpoint.exists() else 0
+
+        def stop(*_):
+            time.sleep(0.5)
+            checkpoint.write_text(str(step))
+            print(f"interrupted: stopped at step {step}", file=sys.stderr, flush=True)
+            os._exit(75)
+
+        signal.signal(signal.SIGTERM, stop)
+        signal.signal(signal.SIGINT, stop)
+        print(f"epoch 1 from step {step}")
         if knobs["accuracy"] is None:
             sys.exit("error: train.learning_rate is too large: the loss is not finite")
-        time.sleep(knobs["seconds"])
+        while step < knobs["steps"]:
+            step += 1
+            if step == knobs["interrupted_at"]:
+                os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.05)
         bundle = {"format": 1, "id": knobs["id"], "created": "2026-01-01T00:00:00+00:00"}
         bundle |= {"classes": knobs["classes"], "decode": {"size": 8}, "normalization": {}, "parameters": {}}
         bundle |= {"data_digest": "d1", "test_digest": knobs["test_digest"], "libraries": {}, "training": {}}
@@ -133,7 +148,8 @@ def export(root: Path, model_id: str, accuracy: float = 0.9) -> tuple[Path, Path
 
 
 class Miniature:
-    """The workspace at ``root``; its ``knobs.json`` says what model comes out: id, accuracy, classes, test digest."""
+    """The workspace at ``root``; its ``knobs.json`` says what model comes out: id, accuracy, classes, test digest;
+    and how the training goes: ``steps`` of 0.05 s, and at which one it gets a signal."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -149,7 +165,8 @@ class Miniature:
             (root / path).parent.mkdir(parents=True, exist_ok=True)
             (root / path).write_text(textwrap.dedent(content))
         (root / "data" / "incoming").mkdir(parents=True)
-        self.set(id="m1", accuracy=0.9, classes=["a", "b"], test_digest="t1", champion_accuracy=None, seconds=0)
+        self.set(id="m1", accuracy=0.9, classes=["a", "b"], test_digest="t1", champion_accuracy=None)
+        self.set(steps=0, interrupted_at=None)
         subprocess.run(["git", "init", "--quiet", str(root)], check=True)
         subprocess.run([sys.executable, "-m", "dvc", "init", "--quiet"], cwd=root, check=True)
 

@@ -18,7 +18,7 @@ from flows.child import StageFailed
 from flows.settings import ServeParams
 from flows.workspace import Workspace, locked
 from tasks import promote as registry
-from tasks.errors import NightlyError
+from tasks.errors import Interrupted, NightlyError
 from tests.miniature import Miniature
 
 pytestmark = pytest.mark.slow
@@ -156,6 +156,34 @@ def test_a_failing_stage_fails_the_run_in_its_own_words_and_nothing_is_promoted(
     assert registry.champion_id(workspace.root / "models") is None
 
 
+def test_an_interrupted_training_is_no_failure_and_goes_on_with_the_next_run(workspace):
+    from prefect.client.schemas.objects import StateType
+
+    workspace.set(steps=5, interrupted_at=3)
+    state, tasks = retrain(task_count=2)
+    assert tasks == [("download", "Completed"), ("train", "Interrupted")]
+    assert (state.type, state.name) == (StateType.CRASHED, "Interrupted")
+    assert state.message == "train will go on from its checkpoint with the next run (stopped at step 3)"
+    with pytest.raises(Interrupted, match="stopped at step 3"):
+        state.result()
+    assert registry.history(workspace.root / "models") == []
+
+    state, tasks = retrain()
+    assert state.result().champion == "m1"
+    assert tasks[:2] == [("download", "Cached"), ("train", "Completed")]
+    assert "from step 3" in (workspace.root / state.result().logs / "train.log").read_text()
+
+
+def test_a_training_past_the_limit_of_time_goes_on_with_the_next_run(workspace):
+    workspace.set(steps=1000)
+    params = "retrain: {stage_time_limit_hours: 0.002, stop_grace_seconds: 20}"
+    (workspace.root / "params.yaml").write_text(params)
+    state, _ = retrain(task_count=2)
+    assert state.name == "Interrupted"
+    assert "train ran past its limit of 0.002 hours, was stopped and will go on from its chec" in state.message
+    assert int((workspace.root / "checkpoint").read_text()) > 1
+
+
 def test_the_download_is_tried_again(workspace):
     (workspace.root / "failures").write_text("2")
     state, tasks = retrain()
@@ -221,30 +249,54 @@ def test_a_folder_is_classified_by_a_flow_of_its_own(workspace):
         predict(source=Path("nowhere"))
 
 
-def test_stopping_the_flow_stops_the_training_and_frees_the_workspace(workspace, server):
-    workspace.set(seconds=600)
-    program = "from flows.retrain import retrain; retrain()"
+def end_in_the_middle(workspace: Miniature, command: list[str], server: str, number: signal.Signals) -> tuple[int, str]:
+    """Run a command, send it a signal while the training is at it; return its exit code and what it then said."""
     with subprocess.Popen(
-        [sys.executable, "-c", program],
-        cwd=workspace.root,
+        [sys.executable, *command],
+        cwd=workspace.root / "data",  # at the root, the miniature's own package would be found first
         env={**os.environ, "PREFECT_API_URL": server},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
     ) as process:
         for line in process.stderr:
-            if "epoch 1" in line:
+            if "from step" in line:
                 break
-        process.send_signal(signal.SIGTERM)
-        process.stderr.read()
-    assert process.returncode != 0
+        time.sleep(0.3)  # within the printing of the line, the signal would make Python print it once more
+        process.send_signal(number)
+        said = process.stderr.read()
+    return process.returncode, said
+
+
+def test_stopping_the_flow_stops_the_training_saves_it_and_frees_the_workspace(workspace, server):
+    workspace.set(steps=10_000)
+    program = "from flows.retrain import retrain; retrain()"
+    code, said = end_in_the_middle(workspace, ["-c", program], server, signal.SIGTERM)
+    assert code == -signal.SIGTERM, said
     with locked(Workspace(workspace.root), "nightly retrain"):
         pass
     command_lines = [path.read_bytes() for path in Path("/proc").glob("[0-9]*/cmdline") if os.access(path, os.R_OK)]
     assert not any(b"work.py\x00train" in line for line in command_lines)
+    assert int((workspace.root / "checkpoint").read_text()) > 0
+
+    workspace.set(steps=0)
+    state, tasks = retrain()
+    assert tasks[1] == ("train", "Completed")
+    assert "from step 0" not in (workspace.root / state.result().logs / "train.log").read_text()
 
 
-def test_a_skipped_and_a_failed_night_end_with_one_clear_line_in_a_terminal(workspace, server):
+def test_a_ctrl_c_in_a_terminal_says_that_the_training_is_saved(workspace, server):
+    workspace.set(steps=10_000)
+    code, said = end_in_the_middle(workspace, ["-m", "flows.cli", "retrain"], server, signal.SIGINT)
+    assert code == 130, said
+    step = (workspace.root / "checkpoint").read_text()
+    *_, promise, last = said.splitlines()
+    assert promise.endswith(f"  will go on from its checkpoint with the next run (stopped at step {step})"), said
+    assert last == "error: interrupted"
+    assert "Traceback" not in said
+
+
+def test_a_night_that_does_not_reach_its_end_says_so_in_one_clear_line(workspace, server):
     def nightly_retrain() -> subprocess.CompletedProcess:
         return subprocess.run(
             [sys.executable, "-m", "flows.cli", "retrain"],
@@ -260,6 +312,15 @@ def test_a_skipped_and_a_failed_night_end_with_one_clear_line_in_a_terminal(work
     assert done.returncode == 75
     assert done.stderr.splitlines()[-1].startswith("skipped: the workspace is busy: 'nightly retrain' (process ")
     assert done.stderr.count("busy") == 1
+
+    workspace.set(steps=5, interrupted_at=3)
+    done = nightly_retrain()
+    assert done.returncode == 75
+    assert done.stderr.splitlines()[-1] == (
+        "interrupted: train will go on from its checkpoint with the next run (stopped at step 3)"
+    )
+    assert done.stderr.count("stopped at") == 1
+    assert "Traceback" not in done.stderr
 
     workspace.set(accuracy=None)
     done = nightly_retrain()
