@@ -80,6 +80,7 @@ def retrain(predict: Path | None = None, force: bool = False) -> Night:
         get_run_logger().info("skipped: %s", reason, extra={"expected": True})
         return Completed(name="Skipped", message=str(reason))
     except Interrupted as reason:
+        get_run_logger().info("interrupted: %s", reason, extra={"expected": True})
         return interrupted(reason)
 
 

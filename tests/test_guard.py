@@ -146,6 +146,20 @@ def test_the_grace_ends(folder):
     assert not alive(pid)
 
 
+@pytest.mark.parametrize(
+    ("error", "line", "code"),
+    [
+        ("Interrupted('at step 7')", "interrupted: at step 7\n", EXIT_INTERRUPTED),
+        ("NightlyError('no images')", "error: no images\n", 1),
+        ("KeyboardInterrupt", "error: stopped by Ctrl-C\n", 130),
+    ],
+)
+def test_a_stage_ends_with_one_line_and_the_exit_code_that_goes_with_it(error, line, code):
+    program = f"from tasks.errors import *\ndef main(): raise {error}\nrun_main(main)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert (done.stderr, done.returncode) == (line, code)
+
+
 def test_an_interrupted_stage_is_no_failure(folder):
     command = [sys.executable, "-c", "import sys; print('interrupted: at step 7 of 9'); sys.exit(75)"]
     with pytest.raises(
