@@ -14,10 +14,8 @@ import os
 import shutil
 import signal
 import tempfile
-import threading
 import time
-from collections.abc import Collection, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +27,7 @@ from tasks.errors import Interrupted, NightlyError
 from tasks.export import write_openvino
 from tasks.files import read_json, write_json
 from tasks.progress import progress
+from tasks.signals import stop_requests
 
 #: Counts up when the same key would stand for other numbers.
 FORMAT = 1
@@ -161,7 +160,7 @@ class FeatureSource:
             file.truncate(len(_header((len(images), row_bytes // 4))) + rows * row_bytes)
             file.seek(0, io.SEEK_END)
             with (
-                _stop_requests() as stop,
+                stop_requests() as stop,
                 progress(f"Features of {name}", len(images) - rows) as advance,
                 contextlib.closing(engine.stream(batches)) as parts,
             ):
@@ -339,25 +338,3 @@ def _digest(arrays: Iterable[np.ndarray]) -> str:
         for start in range(0, len(array), rows):
             digest.update(np.ascontiguousarray(array[start : start + rows]))
     return digest.hexdigest()
-
-
-@contextmanager
-def _stop_requests() -> Iterator[list[int]]:
-    """Collect SIGTERM and SIGINT in a list that is empty at first; a second one ends the process at once."""
-    stop: list[int] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield stop
-        return
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-
-    def ask(number: int, frame: Any) -> None:
-        stop.append(number)
-        signal.signal(number, before[number])
-
-    for number in before:
-        signal.signal(number, ask)
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -2,10 +2,8 @@
 
 import gc
 import signal
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +14,7 @@ from tasks.data import Split
 from tasks.errors import Interrupted, NightlyError
 from tasks.progress import Advance, progress
 from tasks.recipe import TrainParams
+from tasks.signals import stop_requests
 from tasks.standing import Outcome, Standing, numbered, where
 
 #: At most this share of the time goes into writing checkpoints.
@@ -49,7 +48,7 @@ class Loop:
         self.checkpoints = checkpoints
         self.steps_per_epoch = len(job.training.images) // params.batch_size
         self.standing = Standing()
-        self.stop_signal: int | None = None
+        self._stop: list[int] = []
         self.limit = _hopeless(job)
         self._state: State | None = None
         self._saved = time.monotonic()
@@ -66,7 +65,7 @@ class Loop:
             self.standing = Standing.of(self._state)
             print(f"going on from the checkpoint after {self._position()}", flush=True)
         total = self.params.epochs * self.steps_per_epoch
-        with _signals(self), progress("Training", total, "steps") as advance:
+        with stop_requests() as self._stop, progress("Training", total, "steps") as advance:
             advance(self.standing.epoch * self.steps_per_epoch + self.standing.step)
             while not self._over():
                 try:
@@ -166,7 +165,7 @@ class Loop:
 
     def _due(self) -> bool:
         interval = max(self.params.checkpoint_seconds, self.checkpoints.seconds_to_write / CHECKPOINT_SHARE)
-        return self.stop_signal is not None or time.monotonic() - self._saved >= interval
+        return bool(self._stop) or time.monotonic() - self._saved >= interval
 
     def _end_epoch(self, learner: Any, logs: dict[str, float]) -> None:
         """Validate, write the epoch into the history, keep the best weights, save if it is time."""
@@ -266,8 +265,8 @@ class Loop:
         self._state = State(arrays, self.standing.facts())
         self.checkpoints.save(self._state)
         self._saved = time.monotonic()
-        if self.stop_signal is not None and not self._over():
-            name = signal.Signals(self.stop_signal).name
+        if self._stop and not self._over():
+            name = signal.Signals(self._stop[0]).name
             raise Interrupted(
                 f"training stopped by {name} after {self._position()}; the same command goes on from there"
             )
@@ -319,27 +318,6 @@ def out_of_memory(error: BaseException) -> bool:
         or "RESOURCE_EXHAUSTED" in str(error)
         or "Out of memory while trying to allocate" in str(error)
     )
-
-
-@contextmanager
-def _signals(loop: Loop) -> Iterator[None]:
-    """While training, let SIGTERM and SIGINT ask for a checkpoint at the next step; a second one ends at once."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-
-    def ask(number: int, frame: Any) -> None:
-        loop.stop_signal = number
-        signal.signal(number, before[number])
-
-    for number in before:
-        signal.signal(number, ask)
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _bookkeeping(optimizer: Any, variable: Any) -> bool:
