@@ -104,7 +104,7 @@ def data_parallel(device: Device) -> Iterator[None]:
 
 
 def normalize_whole_batches(model: Any, device: Device) -> None:
-    """Let a flat Keras model's BatchNorm see whole batches on several devices, as it does on one, and on JAX.
+    """Let a Keras model's BatchNorm see whole batches on several devices, as it does on one, and on JAX.
 
     TensorFlow's replicas would otherwise normalize by their own shares, and of their moving statistics only the
     first one's would be saved.
@@ -113,7 +113,9 @@ def normalize_whole_batches(model: Any, device: Device) -> None:
 
     if device.count > 1 and device.backend == "tensorflow":
         for layer in model.layers:
-            if isinstance(layer, keras.layers.BatchNormalization):
+            if isinstance(layer, keras.Model):
+                normalize_whole_batches(layer, device)
+            elif isinstance(layer, keras.layers.BatchNormalization):
                 layer.synchronized = True
 
 

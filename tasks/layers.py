@@ -13,13 +13,31 @@ import numpy as np
 from keras import ops
 
 
+class SeedGenerator(keras.random.SeedGenerator):
+    """Keras's, with other draws on each of several devices.
+
+    TensorFlow's replicas share a generator's state, and would all augment their shares of a batch alike.
+    """
+
+    def next(self, ordered: bool = True) -> Any:
+        seed = super().next(ordered)
+        if keras.backend.backend() != "tensorflow":
+            return seed
+        import tensorflow as tf
+
+        replica = tf.distribute.get_replica_context()
+        if replica is None or replica.num_replicas_in_sync == 1:
+            return seed
+        return seed + tf.stack([0, tf.cast(replica.replica_id_in_sync_group, seed.dtype) * 2**32])
+
+
 class _RandomPixels(keras.layers.Layer):
     """Base of the augmentations: a seed of its own, and the identity outside training."""
 
     def __init__(self, seed: int | None = None, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.seed = seed
-        self.seed_generator = keras.random.SeedGenerator(seed)
+        self.seed_generator = SeedGenerator(seed)
 
     def call(self, images: Any, training: bool | None = None) -> Any:
         _require_uint8(self, images)

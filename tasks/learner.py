@@ -51,7 +51,8 @@ class Learner(keras.Model):
                 average = self.add_weight(
                     name=f"ema_{number}", shape=variable.shape, dtype="float32", trainable=False, initializer="zeros"
                 )
-                average.assign(variable)
+                # A copy: on JAX the two would share a buffer, which cannot be given away twice.
+                average.assign(ops.convert_to_numpy(variable))
                 self.averages.append(average)
 
     def call(self, inputs: Any, training: bool | None = None) -> dict[str, Any]:
@@ -172,6 +173,11 @@ class ImagesInOrder(keras.utils.PyDataset):
     def __getitem__(self, index: int) -> tuple[Any]:
         rows = np.arange(index * self._batch_size, (index + 1) * self._batch_size)
         return (self._images[np.minimum(rows, len(self._images) - 1)],)
+
+
+def mean_loss(criterion: Any, targets: np.ndarray, found: np.ndarray) -> float:
+    """Return the mean over (N, C) targets and probabilities; calling a Keras loss divides it among the devices."""
+    return float(ops.mean(criterion.call(ops.convert_to_tensor(targets), ops.convert_to_tensor(found))))
 
 
 def probabilities(classifier: Any, images: np.ndarray, batch_size: int) -> np.ndarray:

@@ -27,16 +27,17 @@ STEPS_BEFORE_JUDGING = 100
 class Job:
     """What to train on, and how to build the learner for it.
 
-    ``criterion`` is the loss of (targets, probabilities). ``build`` takes how many doublings fewer than the
+    ``criterion`` is the Keras loss of (targets, probabilities). ``build`` takes how many doublings fewer than the
     model's there shall be, and the number of micro-batches, and returns a compiled tasks.learner.Learner; it is
     called again after running out of memory and when the resolution changes.
     """
 
     training: Split
     validation: Split
-    criterion: Callable[[Any, Any], Any]
+    criterion: Any
     build: Callable[[int, int], Any]
     data_on_device: bool = False
+    devices: int = 1
 
 
 class Loop:
@@ -207,7 +208,7 @@ class Loop:
             self._save(learner, used)
 
     def _validate(self, learner: Any, used: list[np.ndarray]) -> tuple[float, float]:
-        from tasks.learner import probabilities
+        from tasks.learner import mean_loss, probabilities
 
         classifier = learner.classifier
         raw = classifier.get_weights() if learner.averages else None
@@ -218,7 +219,7 @@ class Loop:
             classifier.set_weights(raw)
         targets = np.asarray(self.job.validation.targets)
         right = found.argmax(axis=1) == targets.argmax(axis=1)
-        return float(self.job.criterion(targets, found)), float(right.mean())
+        return mean_loss(self.job.criterion, targets, found), float(right.mean())
 
     def _validation_batch(self) -> int:
         return max(1, self.params.batch_size // self.standing.micro_batches)
@@ -261,7 +262,7 @@ class Loop:
         arrays |= {f"best:{number}": array for number, array in enumerate(self.standing.best_weights)}
         if used is not None:
             arrays |= {f"used:{number}": array for number, array in enumerate(used)}
-        arrays["steps:0"] = np.asarray(int(optimizer.iterations))
+        arrays["steps:0"] = np.asarray(int(_value(optimizer.iterations)))
         self._state = State(arrays, self.standing.facts())
         self.checkpoints.save(self._state)
         self._saved = time.monotonic()
@@ -286,7 +287,7 @@ class Loop:
 
         micro = self.standing.micro_batches * 2
         batch = self.params.batch_size
-        if batch % micro:
+        if batch % (micro * self.job.devices):
             raise NightlyError(
                 f"out of memory with {batch // (micro // 2)} images at a time, and train.batch_size {batch} cannot be "
                 f"halved further: lower train.batch_size or model.doublings ({str(error).splitlines()[0][:200]})"
@@ -305,9 +306,11 @@ class Loop:
 
 def _hopeless(job: Job) -> float:
     """Return the loss half-way from guessing evenly to being certain and wrong."""
+    from tasks.learner import mean_loss
+
     truth = np.eye(job.training.targets.shape[1], dtype=np.float32)
     even, wrong = np.full_like(truth, 1 / len(truth)), np.roll(truth, 1, axis=1)
-    return (float(job.criterion(truth, even)) + float(job.criterion(truth, wrong))) / 2
+    return (mean_loss(job.criterion, truth, even) + mean_loss(job.criterion, truth, wrong)) / 2
 
 
 def out_of_memory(error: BaseException) -> bool:

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from tasks.device import Device
+from tasks.errors import NightlyError
 from tasks.recipe import TrainParams
 
 #: Training images stay in a GPU's memory if they take no more than this share of it.
@@ -42,7 +43,15 @@ def choose(params: TrainParams, device: Device, images: np.ndarray) -> Machine:
         "data_on_device": gpu and fits,
     }
     given = {name: getattr(params, name) for name in chosen}
-    return Machine(**{name: chosen[name] if value is None else value for name, value in given.items()})
+    machine = Machine(**{name: chosen[name] if value is None else value for name, value in given.items()})
+    if mirrored and (machine.jit_compile or machine.steps_per_execution > 1):
+        raise NightlyError(
+            f"train.jit_compile must be false and train.steps_per_execution 1 with {device.count} devices under "
+            f"TensorFlow (JAX can do more), but they are {machine.jit_compile} and {machine.steps_per_execution}"
+        )
+    if device.count > 1 and machine.data_on_device:
+        raise NightlyError(f"train.data_on_device must be false with {device.count} devices, but is true")
+    return machine
 
 
 def describe(device: Device, machine: Machine, params: TrainParams) -> str:

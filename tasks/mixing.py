@@ -10,6 +10,8 @@ from typing import Any
 import keras
 from keras import ops
 
+from tasks.layers import SeedGenerator
+
 
 @keras.saving.register_keras_serializable(package="nightly")
 class Mix(keras.layers.Layer):
@@ -35,7 +37,7 @@ class Mix(keras.layers.Layer):
         self.mixup_alpha = mixup_alpha
         self.cutmix_alpha = cutmix_alpha
         self.seed = seed
-        self.seed_generator = keras.random.SeedGenerator(seed)
+        self.seed_generator = SeedGenerator(seed)
 
     def call(self, images: Any, targets: Any, training: bool | None = None) -> tuple[Any, Any]:
         if not training or not (self.mixup_alpha or self.cutmix_alpha):

@@ -17,7 +17,7 @@ from tasks.bundle import FORMAT, MODEL_FILE, Bundle, load_bundle, load_keras_mod
 from tasks.checkpoint import Checkpoints, run_key
 from tasks.classifier import ModelParams, build_classifier
 from tasks.data import Split, load_split
-from tasks.device import Device, data_parallel, prepare_device
+from tasks.device import Device, data_parallel, normalize_whole_batches, prepare_device
 from tasks.errors import NightlyError, run_main
 from tasks.files import publish_directory, read_json, sha256_file
 from tasks.images import DecodePolicy
@@ -113,6 +113,7 @@ class Run:
             make_loss(self.params),
             lambda lower, parts: self.learner(start, lower, parts),
             self.machine.data_on_device,
+            self.device.count,
         )
         self.checkpoints = Checkpoints(self.scratch.checkpoints, run_key(self._identity()))
         outcome = Loop(job, self.params, self.checkpoints).run()
@@ -174,6 +175,7 @@ class Run:
         keras.config.set_dtype_policy(self.machine.precision)
         try:
             classifier = self._classifier(self.model.changed(doublings=self.model.doublings - lower))
+            normalize_whole_batches(classifier, self.device)
             if start is not None:
                 classifier.set_weights(start)
             augmentation = build_augmentation(self.augment, shape, params.seed)

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 
 import numpy as np
@@ -152,6 +153,43 @@ def test_a_batch_that_the_devices_cannot_share_is_refused(prepared, augmented, t
     monkeypatch.setattr(module, "prepare_device", lambda *_, **__: Device("tensorflow", "gpu", "two", 2))
     with pytest.raises(NightlyError, match=r"train\.batch_size must be a multiple of the 2 devices, but is 15"):
         train(prepared, augmented, tmp_path / "o", QUICK.changed(batch_size=15), MODEL, AugmentParams())
+
+
+DEVICES = """
+    import sys
+    from pathlib import Path
+    if sys.argv[4:] == ["tensorflow"]:
+        import tensorflow as tf
+        [cpu] = tf.config.list_physical_devices("CPU")
+        tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
+    from tasks.augment import AugmentParams
+    from tasks.classifier import ModelParams
+    from tasks.recipe import TrainParams
+    from tasks.train import train
+    params = TrainParams(epochs=2, batch_size=16, optimizer="sgd", learning_rate=0.01, ema_momentum=0.9, keep="last")
+    model = ModelParams(backbone="resnet20", doublings=0, batch_normalization_momentum=0.5)
+    none = AugmentParams(flip_horizontal=False, shift_pixels=0, eraser={"p": 0})
+    train(Path(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]), params, model, none)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["tensorflow", "jax"])
+def test_two_devices_train_the_model_that_one_trains(prepared, augmented, tmp_path, backend):
+    found = {}
+    for count in (1, 2):
+        environment = {**os.environ, "KERAS_BACKEND": backend, "PYTHONWARNINGS": "ignore"}
+        if count == 2 and backend == "jax":
+            environment["XLA_FLAGS"] = "--xla_force_host_platform_device_count=2"
+        command = [sys.executable, "-c", textwrap.dedent(DEVICES), prepared, augmented, tmp_path / str(count)]
+        command += [backend] if count == 2 and backend == "tensorflow" else []
+        subprocess.run([*map(str, command)], env=environment, check=True, capture_output=True, timeout=280)
+        found[count] = load_bundle(tmp_path / str(count))
+        assert found[count].training["devices"] == count
+    histories = [pd.read_csv(bundle.path / "history.csv").drop(columns="seconds") for bundle in found.values()]
+    pd.testing.assert_frame_equal(*histories, atol=1e-3)
+    for one, two in zip(*(load_keras_model(bundle).get_weights() for bundle in found.values()), strict=True):
+        np.testing.assert_allclose(one, two, atol=1e-3)
 
 
 @pytest.mark.slow
