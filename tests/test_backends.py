@@ -20,7 +20,8 @@ from tasks.classifier import ModelParams
 from tasks.evaluate import EvaluateParams, evaluate
 from tasks.export import ExportParams, export
 from tasks.predict import PredictParams, predict
-from tasks.train import TrainParams, train
+from tasks.recipe import TrainParams
+from tasks.train import train
 
 prepared, out = Path(sys.argv[1]), Path(sys.argv[2])
 augment(prepared, out / "augmented", AugmentParams())
@@ -43,7 +44,7 @@ def test_every_stage_runs_on_jax_without_tensorflow(prepared, tmp_path):
         text=True,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "(jax, float32)" in done.stdout
+    assert "(jax, float32, compiled by XLA" in done.stdout
     bundle = load_bundle(tmp_path / "exported")
     assert bundle.training["backend"] == "jax"
     assert bundle.engines["openvino-float32"]["agreement"] == 1.0
