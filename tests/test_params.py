@@ -6,7 +6,7 @@ import yaml
 from tasks.errors import NightlyError
 from tasks.params import Section, read_section
 from tasks.prepare import PrepareParams
-from tasks.train import TrainParams
+from tasks.recipe import TrainParams
 
 
 def write(tmp_path: Path, text: str) -> Path:
