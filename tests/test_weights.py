@@ -199,6 +199,16 @@ def test_a_damaged_file_is_refused(suffix, damage, trained, tmp_path):
     assert "\n" not in str(caught.value)
 
 
+def test_a_keras_file_with_a_wrong_bit_is_refused(trained, tmp_path):
+    path = tmp_path / "w.keras"
+    trained.save(path)
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(NightlyError, match=r"is no readable .* file of weights: Bad CRC-32"):
+        load_weights(network(), path)
+
+
 def test_a_file_with_nothing_in_it_is_refused(tmp_path):
     import h5py
 
