@@ -27,7 +27,7 @@ from tasks.augment import AugmentParams, EraserParams
 from tasks.checkpoint import Checkpoints
 from tasks.classifier import ModelParams
 from tasks.data import Split
-from tasks.device import prepare_device
+from tasks.device import keep_freed_memory, prepare_device
 from tasks.loop import Job, Loop
 from tasks.machine import choose, describe
 from tasks.optimizers import make_loss
@@ -189,6 +189,8 @@ def notebook(options: argparse.Namespace, batch_size: int) -> float:
 def compare(options: argparse.Namespace) -> dict[str, Any]:
     """Return the speeds at each batch size, and the notebook's."""
     device = prepare_device()
+    if device.kind == "cpu":
+        keep_freed_memory()  # as the train stage does; the notebook's part gains by it, too
     found: dict[str, Any] = {
         "device": device.name,
         "backend": device.backend,

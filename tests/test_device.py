@@ -209,3 +209,23 @@ def test_left_to_itself_tensorflow_normalizes_each_share_on_its_own():
     """Fails when Keras's default changes, and normalize_whole_batches can go."""
     one, two = train_on(1, "tensorflow", "plain"), train_on(2, "tensorflow", "own-shares")
     assert np.abs(one["weights"] - two["weights"]).max() > 0.01
+
+
+@pytest.mark.parametrize(("keep", "few"), [(False, False), (True, True)])
+def test_freed_memory_is_kept_and_not_fetched_again_page_by_page(keep, few):
+    program = f"""
+        import resource
+        from tasks.device import keep_freed_memory
+        if {keep}:
+            keep_freed_memory()
+        for _ in range(3):
+            block = bytearray(64 << 20)
+            del block
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        for _ in range(10):
+            block = bytearray(64 << 20)
+            del block
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True, check=True)
+    assert (int(done.stdout) < 1000) is few

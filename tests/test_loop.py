@@ -298,9 +298,7 @@ def test_other_errors_are_not_taken_for_memory(tmp_path):
 
 def test_a_loss_that_is_not_finite_stops_at_the_step(tmp_path):
     params = PARAMS.changed(learning_rate=1e38, schedule="constant", warmup_epochs=0)
-    with pytest.raises(
-        NightlyError, match=r"epoch 1, step \d of 5: the loss is nan, at learning rate 1e\+38"
-    ):
+    with pytest.raises(NightlyError, match=r"epoch 1, step \d of 5: the loss is nan, at learning rate 1e\+38"):
         run(tmp_path, params, mixes=False)
 
 
@@ -335,9 +333,7 @@ def test_a_finite_loss_far_worse_than_guessing_stops_too(tmp_path, monkeypatch):
         return {**found, "probabilities": ops.roll(found["targets"], 1, axis=1) + 0 * found["probabilities"]}
 
     monkeypatch.setattr(Learner, "call", wrong)
-    with pytest.raises(
-        NightlyError, match=r"step \d of 5: the epoch's mean loss so far is 1\d.*worse than guessing"
-    ):
+    with pytest.raises(NightlyError, match=r"step \d of 5: the epoch's mean loss so far is 1\d.*worse than guessing"):
         run(tmp_path, mixes=False)
 
 
