@@ -145,7 +145,7 @@ def test_the_nightly_run_promotes_the_first_model_and_classifies_a_folder(worksp
     assert set(table.status) == {"ok"}
     assert set(table.model_id) == {model_id}
     accuracy = workspace.json("models", "evaluation", "metrics.json")["accuracy"]
-    assert f"{accuracy * 100:.1f}" in output
+    assert f"{accuracy:.2%}" in output
     for shown in ("predictions.parquet", "report.html"):
         assert shown in output
 
