@@ -4,6 +4,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 VARIANT := $(if $(GPU),-gpu)
+# A file's tests stay in one process, which has its networks and fixtures already; each process may take 3 GB.
+PARALLEL := --numprocesses auto --maxprocesses 4 --dist loadfile
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
@@ -30,12 +32,12 @@ test: setup ## lint, import contracts and every test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
-	$(BIN)/pytest
+	$(BIN)/pytest $(PARALLEL)
 
 check: setup ## the fast part of `make test`, for while you type
 	$(BIN)/ruff check .
 	$(BIN)/lint-imports
-	$(BIN)/pytest -m "not slow"
+	$(BIN)/pytest $(PARALLEL) -m "not slow"
 
 bench: setup ## the benchmarks behind the README's table
 	for script in benchmarks/*.py; do $(BIN)/python $$script || exit 1; done

@@ -259,7 +259,8 @@ def quantize(model: Any, images: np.ndarray) -> Any:
     import_openvino()
     import nncf
 
-    nncf.set_log_level(logging.ERROR)
+    # Not by nncf.set_log_level, which quiets every handler that anybody has given its logger, too.
+    logging.getLogger("nncf").setLevel(logging.ERROR)
     dataset = nncf.Dataset([image[np.newaxis] for image in images])
     with contextlib.redirect_stdout(io.StringIO()):  # its progress bars
         return nncf.quantize(

@@ -27,13 +27,15 @@ def progress(description: str, total: int | None, unit: str = "images") -> Itera
 @contextmanager
 def _terminal_bar(description: str, total: int | None, unit: str) -> Iterator[Advance]:
     import rich.progress as bars
+    from rich.console import Console
 
     if unit == "bytes":
         counts = [bars.DownloadColumn(), bars.TransferSpeedColumn()]
     else:
         counts = [bars.MofNCompleteColumn(), bars.TextColumn(unit)]
     columns = [bars.TextColumn("{task.description}"), bars.BarColumn(), *counts, bars.TimeRemainingColumn()]
-    with bars.Progress(*columns, transient=True) as bar:
+    # A console of its own: the one that all of rich shares may have been made while stdout was elsewhere.
+    with bars.Progress(*columns, transient=True, console=Console()) as bar:
         task = bar.add_task(description, total=total)
         yield lambda count: bar.advance(task, count)
 
