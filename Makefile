@@ -39,8 +39,8 @@ check: setup ## the fast part of `make test`, for while you type
 	$(BIN)/lint-imports
 	$(BIN)/pytest $(PARALLEL) -m "not slow"
 
-bench: setup ## the benchmarks behind the README's table
-	for script in benchmarks/*.py; do $(BIN)/python $$script || exit 1; done
+bench: setup ## the benchmarks behind the README's table; gpu.py, which needs a GPU, is run by itself
+	for script in $(filter-out benchmarks/gpu.py,$(wildcard benchmarks/*.py)); do $(BIN)/python $$script || exit 1; done
 
 lock: ## resolve pyproject.toml anew into both lock files (needs uv)
 	for extra in "" gpu; do \

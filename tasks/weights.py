@@ -1,5 +1,6 @@
 """A backbone's weights from ImageNet or from a file, strictly: the same layers in the same shapes, none left over."""
 
+import socket
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,6 +20,8 @@ IMAGENET_MD5 = {
     "resnet101": "88cf7a10940856eca736dc7b7e228a21",
     "resnet152": "ee4c566cf9a93f14d82f913c2dc6dd0c",
 }
+#: A server that sends nothing for so long has stalled.
+STALLED_SECONDS = 60.0
 #: How many mismatches an error lists.
 LISTED = 3
 
@@ -154,6 +157,8 @@ def _fetch_imagenet(network: str) -> Path:
         )
     name = IMAGENET_FILE.format(network=network)
     url = IMAGENET_URL.format(file=name)
+    limit = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(STALLED_SECONDS)  # get_file has no time limit of its own
     try:
         return Path(keras.utils.get_file(name, url, cache_subdir="models", file_hash=IMAGENET_MD5[network]))
     except Exception as error:  # get_file raises a bare Exception for any network trouble
@@ -161,3 +166,5 @@ def _fetch_imagenet(network: str) -> Path:
             f"model.weights: the ImageNet weights cannot be fetched ({' '.join(str(error).split())[:200]}); bring "
             f"{name} to this machine and set model.weights to its path, or set it to null for random weights"
         ) from None
+    finally:
+        socket.setdefaulttimeout(limit)

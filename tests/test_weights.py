@@ -1,5 +1,6 @@
 import hashlib
 import shutil
+import socket
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ from tasks import weights
 from tasks.errors import NightlyError
 from tasks.resnet import build_backbone
 from tasks.weights import find_weights, load_weights
+from tests.misbehaving_server import MisbehavingServer, Route
 
 
 def network(name="resnet20", size=8):
@@ -275,3 +277,13 @@ def test_imagenet_weights_that_cannot_be_had_say_what_to_bring(published):
     (published / "resnet101_weights_tf_dim_ordering_tf_kernels_notop.h5").write_bytes(b"not these")
     with pytest.raises(NightlyError, match=message):
         find_weights("resnet101", "imagenet")
+
+
+def test_a_site_that_stalls_is_not_waited_for_all_night(published, monkeypatch):
+    with MisbehavingServer() as server:
+        server.routes["/resnet101_weights_tf_dim_ordering_tf_kernels_notop.h5"] = Route(b"x" * 9999, stall_after=99)
+        monkeypatch.setattr(weights, "IMAGENET_URL", server.url("/{file}"))
+        monkeypatch.setattr(weights, "STALLED_SECONDS", 0.2)
+        with pytest.raises(NightlyError, match="cannot be fetched .*timed out"):
+            find_weights("resnet101", "imagenet")
+    assert socket.getdefaulttimeout() is None
