@@ -22,8 +22,8 @@ from natsort import natsorted
 from pydantic import Field
 
 from tasks.bundle import Bundle, load_bundle
-from tasks.device import gpu_present
-from tasks.engines import OPENVINO_PRECISIONS, REFERENCE, Engine, batched, open_engine, supports_bfloat16
+from tasks.choice import choose_engine
+from tasks.engines import Engine, batched, open_engine
 from tasks.errors import NightlyError, run_main
 from tasks.files import publish_directory, write_json
 from tasks.images import Decoded, DecodePolicy, read_and_decode
@@ -60,7 +60,7 @@ class PredictParams(Section):
     """
 
     engine: Literal["auto", "keras", "openvino"] = "auto"
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    precision: Literal["auto", "float32", "bfloat16", "int8"] = "auto"
     top_k: int = Field(3, ge=1)
     threshold: float | None = Field(None, ge=0, le=1)
     batch_size: int = Field(32, ge=1)
@@ -131,43 +131,6 @@ def find_files(source: Path) -> tuple[list[str], int]:
     return natsorted(found), side_files
 
 
-def choose_engine(bundle: Bundle, params: PredictParams) -> tuple[str, str]:
-    """Return the engine's name and the reason for it in words.
-
-    Raises:
-        NightlyError: the engine or precision asked for is not to be had with this bundle.
-    """
-    kind = params.engine
-    if kind == "auto":
-        kind = "keras" if gpu_present() or not bundle.openvino_file.is_file() else "openvino"
-        why = "a GPU is present" if gpu_present() else "no GPU is present"
-    else:
-        why = "as asked"
-    if kind == "keras":
-        if params.precision not in ("auto", "float32"):
-            raise NightlyError(
-                f"predict.precision {params.precision} needs engine openvino; engine keras computes in float32"
-            )
-        return REFERENCE, why
-    if params.precision != "auto":
-        name = f"openvino-{params.precision}"
-        evidence = bundle.engines.get(name)
-        if evidence and not evidence["offered"]:
-            raise NightlyError(
-                f"predict.precision {params.precision} is not offered by this model: it agrees with Keras on "
-                f"{evidence['agreement']:.4f} of the validation images only"
-            )
-        return name, why
-    for name in reversed(OPENVINO_PRECISIONS):
-        evidence = bundle.engines.get(name)
-        if evidence and evidence["offered"] and (name != "openvino-bfloat16" or supports_bfloat16()):
-            return (
-                name,
-                f"{why}, {name} agreed with Keras on {evidence['agreement']:.4f} of the validation images",
-            )
-    return "openvino-float32", why
-
-
 def classify(
     source: Path, paths: Iterable[str], policy: DecodePolicy, engine: Engine
 ) -> Iterator[tuple[str, Decoded, int, np.ndarray | None]]:
@@ -229,7 +192,7 @@ def predict(source: Path, out: Path, model: Path, params: PredictParams) -> Pred
     if not paths:
         left_out = f" ({side_files} hidden or side files were left out)" if side_files else ""
         raise NightlyError(f"'{source}' holds no images{left_out}")
-    name, why = choose_engine(bundle, params)
+    name, why = choose_engine(bundle, params.engine, params.precision)
     summary = PredictSummary(
         source=str(source),
         out=out,

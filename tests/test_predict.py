@@ -10,7 +10,7 @@ from tasks.bundle import load_bundle
 from tasks.engines import REFERENCE, open_engine
 from tasks.errors import NightlyError
 from tasks.images import encode_png
-from tasks.predict import PredictParams, choose_engine, find_files, predict, printable
+from tasks.predict import PredictParams, find_files, predict, printable
 from tests.conftest import COLORS, colored_image
 
 COLUMNS = [
@@ -215,27 +215,6 @@ def test_a_failure_half_way_leaves_the_earlier_result(folder, exported, tmp_path
         run(folder, exported, tmp_path / "out", threshold=0.5)
     assert (tmp_path / "out" / "predictions.csv").read_bytes() == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "source"]
-
-
-def test_the_engine_is_chosen_by_evidence(exported, monkeypatch):
-    import tasks.predict
-
-    bundle = load_bundle(exported)
-    monkeypatch.setattr(tasks.predict, "supports_bfloat16", lambda: True)
-    engines = {
-        name: {"agreement": 1.0, "max_difference": 0.0, "offered": True}
-        for name in ("keras-float32", "openvino-float32", "openvino-bfloat16")
-    }
-    assert choose_engine(bundle.changed(engines=engines), PredictParams())[0] == "openvino-bfloat16"
-    engines["openvino-bfloat16"] = {"agreement": 0.9, "max_difference": 0.3, "offered": False}
-    poor = bundle.changed(engines=engines)
-    assert choose_engine(poor, PredictParams())[0] == "openvino-float32"
-    with pytest.raises(NightlyError, match=r"is not offered by this model: it agrees with Keras on 0\.9000"):
-        choose_engine(poor, PredictParams(precision="bfloat16"))
-    with pytest.raises(NightlyError, match="needs engine openvino"):
-        choose_engine(bundle, PredictParams(engine="keras", precision="bfloat16"))
-    monkeypatch.setattr(tasks.predict, "gpu_present", lambda: True)
-    assert choose_engine(bundle, PredictParams())[0] == REFERENCE
 
 
 def test_prediction_with_openvino_imports_no_tensorflow(folder, exported, tmp_path):
