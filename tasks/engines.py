@@ -30,11 +30,17 @@ class Engine(abc.ABC):
     batch_size: int
 
     @abc.abstractmethod
-    def stream(self, batches: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
-        """Yield float32 (n, C) rows for each uint8 (n, H, W, 3) batch, n <= batch_size, in order.
+    def outputs(self, batches: Iterable[np.ndarray]) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
+        """Yield what the model gives for each uint8 (n, H, W, 3) batch, n <= batch_size, in order.
 
-        The rows are what the model gives: probabilities, or an extractor's features.
+        float32 (n, C) probabilities, before temperature scaling, and float32 (n, F) pooled features, None where the
+        model has but one output: bundles older than the second one, and extractors, whose one output is features.
         """
+
+    def stream(self, batches: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+        """Yield the first of the ``outputs`` alone."""
+        for first, _ in self.outputs(batches):
+            yield first
 
     def probabilities(self, images: np.ndarray) -> np.ndarray:
         """Return float32 (N, C) probabilities for uint8 (N, H, W, 3) images, memory-mapped ones too."""
@@ -48,11 +54,13 @@ class Engine(abc.ABC):
         if len(batch) > self.batch_size:
             raise ValueError(f"a batch may hold {self.batch_size} images, but holds {len(batch)}")
         missing = self.batch_size - len(batch)
+        if not missing:
+            return np.ascontiguousarray(batch)
         return np.ascontiguousarray(np.pad(batch, [(0, missing), (0, 0), (0, 0), (0, 0)]))
 
 
 class KerasEngine(Engine):
-    """A Keras model on the backend's device."""
+    """A Keras model with one or two outputs, on the backend's device."""
 
     name = REFERENCE
 
@@ -60,16 +68,19 @@ class KerasEngine(Engine):
         self.batch_size = batch_size
         self._model = model
 
-    def stream(self, batches: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+    def outputs(self, batches: Iterable[np.ndarray]) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
         for batch in batches:
-            yield np.asarray(self._model.predict_on_batch(self._padded(batch)), np.float32)[: len(batch)]
+            found = self._model.predict_on_batch(self._padded(batch))
+            first, *rest = found if isinstance(found, list) else [found]
+            yield _rows(first, len(batch)), _rows(rest[0], len(batch)) if rest else None
 
 
 class OpenVINOEngine(Engine):
     """An OpenVINO model on the CPU, several batches in flight.
 
     Args:
-        model: an ``openvino.Model`` with one uint8 (N, H, W, 3) input; its N is set to ``batch_size``.
+        model: an ``openvino.Model`` with one uint8 (N, H, W, 3) input, whose N is set to ``batch_size``, and one or
+            two outputs.
     """
 
     def __init__(self, model: Any, name: str, batch_size: int) -> None:
@@ -84,16 +95,16 @@ class OpenVINOEngine(Engine):
         self._compiled = openvino.Core().compile_model(model, "CPU", options)
         self._parallel = self._compiled.get_property("OPTIMAL_NUMBER_OF_INFER_REQUESTS")
 
-    def stream(self, batches: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+    def outputs(self, batches: Iterable[np.ndarray]) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
         free = [self._compiled.create_infer_request() for _ in range(self._parallel)]
         running: deque = deque()
 
-        def oldest() -> np.ndarray:
+        def oldest() -> tuple[np.ndarray, np.ndarray | None]:
             request, count, _ = running.popleft()
             request.wait()
-            result = request.get_output_tensor(0).data[:count].astype(np.float32)
+            first, *rest = (_rows(tensor.data, count) for tensor in request.output_tensors)
             free.append(request)
-            return result
+            return first, rest[0] if rest else None
 
         for batch in batches:
             if not free:
@@ -104,6 +115,27 @@ class OpenVINOEngine(Engine):
             running.append((request, len(batch), padded))  # keeps the shared input alive
         while running:
             yield oldest()
+
+
+def _rows(values: Any, count: int) -> np.ndarray:
+    """Return a copy of the first ``count`` rows as float32."""
+    return np.array(values[:count], np.float32)
+
+
+def with_features(classifier: Any) -> Any:
+    """Return a Keras model that gives a classifier's probabilities and the float32 (N, F) features below its head.
+
+    These are the means over all positions, for a classifier that flattens them, too. One without a layer ``pool`` is
+    returned as it is.
+    """
+    import keras
+
+    pool = next((layer for layer in classifier.layers if layer.name == "pool"), None)
+    if pool is None:
+        return classifier
+    flat = isinstance(pool, keras.layers.Flatten)
+    features = keras.layers.GlobalAveragePooling2D(name="features")(pool.input) if flat else pool.output
+    return keras.Model(classifier.input, [classifier.output, features], name=classifier.name)
 
 
 def import_openvino() -> Any:
@@ -139,7 +171,7 @@ def open_engine(bundle: Bundle, name: str, *, batch_size: int | None = None) -> 
         from tasks.device import prepare_device
 
         prepare_device()
-        return KerasEngine(load_keras_model(bundle), batch_size)
+        return KerasEngine(with_features(load_keras_model(bundle)), batch_size)
     if name in OPENVINO_PRECISIONS:
         if not bundle.openvino_file.is_file():
             raise NightlyError(f"{bundle.path} has no OpenVINO engine: the export stage writes it")

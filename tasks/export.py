@@ -16,7 +16,7 @@ from pydantic import Field
 
 from tasks.bundle import load_bundle, load_keras_model
 from tasks.device import prepare_device
-from tasks.engines import ENGINES, REFERENCE, Engine, import_openvino, open_engine, supports_bfloat16
+from tasks.engines import ENGINES, REFERENCE, Engine, import_openvino, open_engine, supports_bfloat16, with_features
 from tasks.errors import NightlyError, run_main
 from tasks.files import publish_directory
 from tasks.metrics import agreement, max_difference
@@ -95,7 +95,7 @@ def export(candidate: Path, prepared: Path, out: Path, params: ExportParams) -> 
         shutil.copytree(candidate, partial, dirs_exist_ok=True)
         bundle = load_bundle(partial)
         if params.openvino:
-            write_openvino(load_keras_model(bundle), bundle.openvino_file)
+            write_openvino(with_features(load_keras_model(bundle)), bundle.openvino_file)
         names = [name for name in ENGINES if name == REFERENCE or params.openvino]
         if not supports_bfloat16():
             names = [name for name in names if name != "openvino-bfloat16"]
