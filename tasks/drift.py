@@ -124,7 +124,7 @@ class Tally:
         if self.count and (differing := [name for name in mine if mine[name].shape != theirs[name].shape]):
             raise ValueError(f"tallies of different models: {', '.join(differing)} differ in shape")
         for name, array in theirs.items():
-            setattr(self, name, mine[name] + array if self.count else array.copy())
+            setattr(self, name, mine[name] + array if self.count else array)
         self.count += other.count
 
     def to_bytes(self) -> bytes:
@@ -143,7 +143,7 @@ class Tally:
         try:
             with np.load(io.BytesIO(data)) as arrays:
                 return cls(int(arrays["count"]), **{name: arrays[name] for name in cls()._arrays()})
-        except (BadZipFile, EOFError, KeyError, ValueError) as error:
+        except (BadZipFile, EOFError, KeyError, RuntimeError, ValueError) as error:
             raise NightlyError(f"drift statistics are damaged: {' '.join(str(error).split())}") from None
 
     def save(self, path: Path) -> None:
@@ -223,11 +223,11 @@ def compare(reference: Tally, seen: Tally, classes: Sequence[str]) -> DriftRepor
     for tally in (reference, seen):
         if tally.count and len(tally.labels) != len(classes):
             raise ValueError(f"{len(classes)} classes, but a tally of {len(tally.labels)}")
-    for what, tally in (("Only {} images were", seen), ("The model was validated on only {} images,", reference)):
+    for images, tally in (("images", seen), ("validation images", reference)):
         if tally.count < MINIMUM_IMAGES:
-            text = what.format(tally.count)
-            reason = f"{text} too few to tell whether the folder looks like training: it takes {MINIMUM_IMAGES}."
-            return DriftReport(seen.count, reference.count, "none", [reason], {})
+            which = f"Too few {images} to tell whether the folder looks like training"
+            sentence = f"{which}: {tally.count}, and it takes {MINIMUM_IMAGES}."
+            return DriftReport(seen.count, reference.count, "none", [sentence], {})
     found = {
         "images": _compare_images(reference, seen),
         "features": _compare_features(reference, seen),
