@@ -10,8 +10,11 @@ import typer
 from tasks.errors import EXIT_INTERRUPTED, Interrupted, NightlyError, describe
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from rich.console import Console
 
+    from tasks.predict import PredictSummary
     from tasks.promote import Entry
 
 #: Exit code of a command that a Ctrl-C ended, as shells have it.
@@ -88,30 +91,52 @@ def retrain(
     print_night(night, _console())
 
 
-@app.command(epilog="Example: nightly predict holiday-photos/ --out labels/")
+@app.command(epilog="Example: nightly predict holiday-photos/ --out labels/ --report")
 def predict(
-    path: Annotated[
-        Path, typer.Argument(metavar="PATH", help="A folder of images, searched recursively, or one image.")
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="SOURCE",
+            help="A folder, searched recursively; an image; a quoted pattern; a .txt of paths; a tar or zip archive; "
+            "- for paths on standard input; s3://bucket/prefix.",
+        ),
     ],
     out: Annotated[
-        Path | None, typer.Option(help="Folder for the tables.", show_default="data/predictions/<now>")
+        str | None, typer.Option(help="Folder or s3:// address for the result.", show_default="data/predictions/<now>")
     ] = None,
     model: Annotated[Path | None, typer.Option(help="A model's folder.", show_default="the model in service")] = None,
     engine: Annotated[str | None, typer.Option(help="auto, keras or openvino.")] = None,
-    precision: Annotated[str | None, typer.Option(help="auto, float32 or bfloat16.")] = None,
+    precision: Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or int8.")] = None,
     top_k: Annotated[int | None, typer.Option(help="Labels per image.")] = None,
+    all_probabilities: Annotated[bool | None, typer.Option("--all-probabilities", help="Of every class.")] = None,
     threshold: Annotated[float | None, typer.Option(help="Smallest confidence that is accepted, 0..1.")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Images per batch.")] = None,
+    include: Annotated[
+        list[str] | None, typer.Option(help="Only files like this, such as '*.jpg'; repeatable.")
+    ] = None,
+    exclude: Annotated[list[str] | None, typer.Option(help="No files like this; repeatable.")] = None,
+    formats: Annotated[
+        list[str] | None, typer.Option("--format", help="parquet (always written), csv or jsonl; repeatable.")
+    ] = None,
+    report: Annotated[bool | None, typer.Option("--report", help="Write report.html, a gallery to look at.")] = None,
+    sort_into: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Put a link to each image into a folder for each class.")
+    ] = None,
+    copy: Annotated[bool, typer.Option("--copy", help="With --sort-into: copies instead of links.")] = False,
+    strict: Annotated[bool | None, typer.Option("--strict", help="Exit code 3 if any file fails.")] = None,
+    max_failed: Annotated[
+        str | None, typer.Option(metavar="N|N%", help="Exit code 3 if more files fail, such as 20 or 2%.")
+    ] = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Forget an unfinished result.")] = False,
 ) -> None:
-    """Classify a folder of images: one row for every file, whatever is wrong with some.
+    """Classify images: one row for every file, whatever is wrong with some.
 
-    What is not given comes from the section 'predict' of params.yaml.
+    A run that was stopped goes on with the same command. What is not given comes from the section 'predict' of
+    params.yaml. Exit code 75: interrupted, run it again; 3: the result is there, but too many files failed.
     """
-    from datetime import datetime
-
+    from flows.predict import choose_out
     from flows.workspace import find_workspace
     from tasks.params import parse_section, read_params_file
-    from tasks.predict import PredictParams
+    from tasks.predict import PredictParams, TooManyFailed
     from tasks.predict import predict as classify
     from tasks.registry import champion_path
 
@@ -119,31 +144,39 @@ def predict(
         "engine": engine,
         "precision": precision,
         "top_k": top_k,
+        "all_probabilities": all_probabilities,
         "threshold": threshold,
-        "batch_size": batch_size,
+        "include": include,
+        "exclude": exclude,
+        "formats": formats,
+        "report": report,
+        "strict": strict,
+        "max_failed": max_failed,
     }
-    given = {name: value for name, value in options.items() if value is not None}
+    given = {name: value for name, value in options.items() if value is not None and value != []}
     workspace = find_workspace()
     values = read_params_file(workspace.params).get("predict") or {}
     parse_section(values, "predict", PredictParams, workspace.params)
     params = parse_section(values | given, "predict", PredictParams, Path("nightly predict"))
-    summary = classify(
-        path,
-        out or workspace.predictions / f"{datetime.now():%Y%m%d-%H%M%S}",
-        model or champion_path(workspace.models),
-        params,
-    )
-    console = _console()
-    statuses = ", ".join(f"{count:,} {status}" for status, count in summary.statuses.most_common())
-    _print_pairs(
-        console,
-        {
-            "files": f"{summary.files:,} ({statuses}) in {summary.seconds:.1f} s",
-            "accepted": f"{summary.accepted:,} with a confidence of {summary.threshold:.3f} or more",
-            "model": f"{summary.model_id}, {summary.engine}: {summary.engine_reason}",
-            "predictions": workspace.shown(summary.table.resolve()),
-        },
-    )
+    if copy and sort_into is None:
+        raise typer.BadParameter("--copy needs --sort-into")
+    failed = None
+    try:
+        summary = classify(
+            source,
+            out or choose_out(workspace.predictions, source),
+            model or champion_path(workspace.models),
+            params,
+            fresh=fresh,
+            names=lambda: sys.stdin.buffer,
+            sort_into=sort_into,
+            sort_mode="copy" if copy else "link",
+        )
+    except TooManyFailed as error:
+        summary, failed = error.summary, error
+    _print_prediction(summary, workspace.shown)
+    if failed:
+        _fail(str(failed), 3)
 
 
 @app.command(epilog="Example: nightly serve")
@@ -283,6 +316,26 @@ def _print_pairs(console: "Console", pairs: dict[str, str]) -> None:
     for label, value in pairs.items():
         # Not wrapped: paths are there to be copied.
         console.print(Text.assemble((f"{label:<13}", "bold"), value), soft_wrap=True)
+
+
+def _print_prediction(summary: "PredictSummary", shown: "Callable[[Path], str]") -> None:
+    counts, local = summary.counts, "://" not in summary.out
+    statuses = ", ".join(f"{count:,} {status}" for status, count in counts.statuses.most_common())
+    left_out = ", ".join(f"{count:,} {reason}" for reason, count in summary.left_out.items())
+    resumed = f", {summary.resumed_files:,} of them before" if summary.resumed_files else ""
+    pairs = {
+        "files": f"{counts.files:,} ({statuses}) in {summary.seconds:.1f} s{resumed}",
+        "left out": left_out,
+        "changed": f"{summary.changed_files:,} files since this run was planned: --fresh takes them in"
+        if summary.changed_files
+        else "",
+        "accepted": f"{counts.accepted:,} with a confidence of {summary.threshold:.3f} or more",
+        "model": f"{summary.model_id}, {summary.engine}: {summary.engine_reason}",
+        "drift": " ".join((summary.drift or {}).get("sentences", [])),
+        "predictions": shown(Path(summary.table).resolve()) if local else summary.table,
+        "report": shown(Path(summary.report).resolve()) if summary.report and local else summary.report or "",
+    }
+    _print_pairs(_console(), {label: value for label, value in pairs.items() if value})
 
 
 def _print_change(entry: "Entry") -> None:

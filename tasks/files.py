@@ -20,7 +20,7 @@ def partial_path(destination: Path) -> Path:
 def publish_file(destination: Path) -> Iterator[Path]:
     """Yield a path to write to; rename it to ``destination`` if the block ends well, else remove it."""
     destination.parent.mkdir(parents=True, exist_ok=True)
-    _tidy_up(destination)
+    tidy_up(destination)
     partial = partial_path(destination)
     try:
         yield partial
@@ -38,7 +38,7 @@ def publish_directory(destination: Path) -> Iterator[Path]:
     An older ``destination`` stays readable until the new one is complete.
     """
     destination.parent.mkdir(parents=True, exist_ok=True)
-    _tidy_up(destination)
+    tidy_up(destination)
     partial = partial_path(destination)
     partial.mkdir()
     try:
@@ -46,21 +46,26 @@ def publish_directory(destination: Path) -> Iterator[Path]:
         for file in partial.rglob("*"):
             if file.is_file():
                 _sync(file)
-        old = _aside(destination, "old")
-        if destination.exists():
-            destination.rename(old)
-        partial.rename(destination)
-        _sync(destination.parent)
-        shutil.rmtree(old, ignore_errors=True)
+        replace_directory(partial, destination)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def replace_directory(complete: Path, destination: Path) -> None:
+    """Rename the directory ``complete`` to ``destination``; an older one stays readable until then."""
+    old = _aside(destination, "old")
+    if destination.exists():
+        destination.rename(old)
+    complete.rename(destination)
+    _sync(destination.parent)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def _aside(destination: Path, kind: str) -> Path:
     return destination.with_name(f".{destination.name}.{kind}-{os.getpid()}")
 
 
-def _tidy_up(destination: Path) -> None:
+def tidy_up(destination: Path) -> None:
     """Remove what killed processes left beside ``destination``; put an old one back that they moved aside."""
     for kind in ("old", "partial"):
         for left in destination.parent.glob(f".{glob.escape(destination.name)}.{kind}-*"):

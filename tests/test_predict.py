@@ -7,10 +7,16 @@ import pandas as pd
 import pytest
 
 from tasks.bundle import load_bundle
+from tasks.calibration import apply_temperature
+from tasks.drift import Tally, image_statistics
 from tasks.engines import REFERENCE, open_engine
 from tasks.errors import NightlyError
 from tasks.images import encode_png
-from tasks.predict import PredictParams, find_files, predict, printable
+from tasks.inputs import LocalFiles
+from tasks.outcome import TooManyFailed
+from tasks.plan import read_plan, unfinished
+from tasks.predict import PredictParams, predict
+from tasks.rows import printable
 from tests.conftest import COLORS, colored_image
 
 COLUMNS = [
@@ -31,8 +37,8 @@ def folder(tmp_path):
     return source
 
 
-def run(source, exported, out, **params):
-    summary = predict(source, out, exported, PredictParams(**params))
+def run(source, exported, out, *, fresh=False, **params):
+    summary = predict(source, out, exported, PredictParams(**params), fresh=fresh)
     return summary, pd.read_parquet(out / "predictions.parquet")
 
 
@@ -47,7 +53,7 @@ def test_every_file_gets_a_row_with_its_label(folder, exported, tmp_path):
     assert all(len(labels) == 3 for labels in table["labels"])
     assert set(table.model_id) == {load_bundle(exported).id}
     facts = json.loads((tmp_path / "out" / "summary.json").read_text())
-    assert facts["files"] == 12 == summary.files
+    assert facts["files"] == 12 == summary.counts.files
     assert facts["labels"] == {"blue": 4, "green": 4, "red": 4}
     assert facts["accepted"] == int(table.accepted.sum())
 
@@ -74,7 +80,8 @@ def test_bad_files_get_a_reason_and_shift_nothing(folder, exported, tmp_path):
     assert not bad.accepted.any()
     good = table[table.status == "ok"].reset_index(drop=True)
     pd.testing.assert_frame_equal(good, clean)
-    assert sum(summary.statuses.values()) == 18
+    assert sum(summary.counts.statuses.values()) == 18
+    assert summary.counts.failed == 6
 
 
 @pytest.mark.parametrize("batch_size", [1, 7, 64])
@@ -93,7 +100,8 @@ def test_a_picture_has_the_same_probabilities_in_training_data_and_in_prediction
     order = manifest[(manifest.split == "test") & (manifest.status == "ok")].sort_values("position").name
     images = np.load(prepared / "test" / "images.npy")
     bundle = load_bundle(exported)
-    evaluated = dict(zip(order, open_engine(bundle, REFERENCE).probabilities(images), strict=True))
+    model_says = open_engine(bundle, REFERENCE).probabilities(images)
+    evaluated = dict(zip(order, apply_temperature(model_says, bundle.temperature), strict=True))
     assert len(table) == len(list(examples.rglob("*.png")))
     for row in table.itertuples():
         by_label = dict(zip(row.labels, row.probabilities, strict=True))
@@ -140,25 +148,19 @@ def test_hidden_and_side_files_are_counted_apart(folder, exported, tmp_path):
     for name in (".hidden.png", "Thumbs.db", "notes.txt"):
         (folder / name).write_text("x")
     summary, table = run(folder, exported, tmp_path / "out")
-    assert summary.side_files == 3
+    assert summary.left_out == {"hidden and side files": 3}
     assert len(table) == 12
 
 
-def test_a_loop_of_links_ends(folder):
-    (folder / "blue" / "loop").symlink_to(folder, target_is_directory=True)
-    files, _ = find_files(folder)
-    assert len(files) == 12
-
-
 def test_a_file_that_vanishes_after_the_search_gets_its_row(folder, exported, tmp_path, monkeypatch):
-    import tasks.predict
+    find = LocalFiles.find
 
-    def search(source):
-        found = find_files(source)
+    def search(self, include=(), exclude=()):
+        found = find(self, include, exclude)
         (folder / "green" / "902.png").unlink()
         return found
 
-    monkeypatch.setattr(tasks.predict, "find_files", search)
+    monkeypatch.setattr(LocalFiles, "find", search)
     _, table = run(folder, exported, tmp_path / "out")
     assert dict(zip(table.path, table.status, strict=True))["green/902.png"] == "vanished"
     assert len(table) == 12
@@ -170,7 +172,7 @@ def test_a_folder_of_bad_files_alone_is_still_accounted_for(exported, tmp_path):
     (source / "a.png").write_bytes(b"")
     summary, table = run(source, exported, tmp_path / "out")
     assert list(table.status) == ["empty"]
-    assert summary.labels == {}
+    assert summary.counts.labels == {}
 
 
 def test_one_image_can_be_given(folder, exported, tmp_path):
@@ -201,20 +203,207 @@ def test_only_an_earlier_result_is_replaced(folder, exported, tmp_path):
     assert len(table) == 11
 
 
-def test_a_failure_half_way_leaves_the_earlier_result(folder, exported, tmp_path, monkeypatch):
+def test_a_full_disk_leaves_the_earlier_result_and_the_rerun_goes_on(folder, exported, tmp_path, monkeypatch):
     import tasks.predict
 
     run(folder, exported, tmp_path / "out")
     before = (tmp_path / "out" / "predictions.csv").read_bytes()
+    with monkeypatch.context() as patch:
 
-    def full_disk(path, value):
-        raise OSError(28, "No space left on device", str(path))
+        def full_disk(*_):
+            raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(tasks.predict, "write_json", full_disk)
-    with pytest.raises(OSError, match="No space left"):
-        run(folder, exported, tmp_path / "out", threshold=0.5)
+        patch.setattr(tasks.predict.tables, "write_tables", full_disk)
+        with pytest.raises(OSError, match="No space left"):
+            run(folder, exported, tmp_path / "out", threshold=0.5)
     assert (tmp_path / "out" / "predictions.csv").read_bytes() == before
+    summary, _ = run(folder, exported, tmp_path / "out", threshold=0.5)
+    assert summary.resumed_files == 12
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "source"]
+
+
+def everything(out):
+    """The bytes of all that a result tells of its images."""
+    files = [out / "predictions.csv", out / "predictions.jsonl", *sorted((out / "predictions.parquet").iterdir())]
+    return {path.name: path.read_bytes() for path in files}
+
+
+FORMATS = ("csv", "jsonl")
+
+
+@pytest.mark.parametrize("stop_after", [0, 1, 4, 5, 11])
+def test_a_stopped_run_goes_on_and_ends_with_the_same_bytes(folder, exported, tmp_path, monkeypatch, stop_after):
+    (folder / "blue" / "bad.png").write_bytes(b"")
+    run(folder, exported, tmp_path / "whole", shard_files=4, formats=FORMATS)
+    looked = []
+
+    with monkeypatch.context() as patch:
+        from tasks import rows
+
+        add = rows.Part.add
+
+        def killed(self, *outcome):
+            if len(looked) == stop_after:
+                raise KeyboardInterrupt
+            looked.append(outcome)
+            add(self, *outcome)
+
+        patch.setattr(rows.Part, "add", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run(folder, exported, tmp_path / "cut", shard_files=4, formats=FORMATS)
+    assert not (tmp_path / "cut").exists()
+    # The size of a shard is the plan's, whatever is asked for later.
+    summary, _ = run(folder, exported, tmp_path / "cut", shard_files=7, formats=FORMATS)
+    assert summary.resumed_files == stop_after // 4 * 4
+    assert everything(tmp_path / "cut") == everything(tmp_path / "whole")
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+
+@pytest.mark.parametrize("params", [{"shard_files": 1}, {"shard_files": 5}, {"batch_size": 1}, {"batch_size": 5}])
+def test_rows_are_the_same_bits_whatever_the_shards_and_batches(folder, exported, tmp_path, params):
+    _, first = run(folder, exported, tmp_path / "a")
+    _, second = run(folder, exported, tmp_path / "b", **params)
+    pd.testing.assert_frame_equal(first, second, check_exact=True)
+
+
+def leave_unfinished(folder, exported, out, monkeypatch, **params):
+    import tasks.predict
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tasks.predict, "finish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            run(folder, exported, out, **params)
+
+
+def test_another_option_is_refused_with_its_name_and_fresh_starts_over(folder, exported, tmp_path, monkeypatch):
+    leave_unfinished(folder, exported, tmp_path / "out", monkeypatch, threshold=0.25)
+    message = r"threshold was 0\.25 and is 0\.75; top-k was 3 and is 2\. Repeat .* --fresh"
+    with pytest.raises(NightlyError, match=message):
+        run(folder, exported, tmp_path / "out", threshold=0.75, top_k=2)
+    summary, table = run(folder, exported, tmp_path / "out", threshold=0.75, top_k=2, fresh=True)
+    assert summary.resumed_files == 0
+    assert {len(labels) for labels in table["labels"]} == {2}
+
+
+def test_another_model_is_refused(folder, exported, tmp_path, monkeypatch):
+    leave_unfinished(folder, exported, tmp_path / "out", monkeypatch)
+    other = tmp_path / "other"
+    shutil.copytree(exported, other)
+    facts = json.loads((other / "bundle.json").read_text())
+    (other / "bundle.json").write_text(json.dumps({**facts, "id": "0123456789ab"}))
+    with pytest.raises(NightlyError, match=rf'model was "{facts["id"]}" and is "0123456789ab"'):
+        run(folder, other, tmp_path / "out")
+
+
+def test_a_run_that_goes_on_says_what_changed_meanwhile(folder, exported, tmp_path, monkeypatch):
+    leave_unfinished(folder, exported, tmp_path / "out", monkeypatch)
+    (folder / "new.png").write_bytes(encode_png(colored_image("red", 1)))
+    (folder / "red" / "901.png").unlink()
+    os.utime(folder / "red" / "902.png", ns=(1, 1))
+    summary, table = run(folder, exported, tmp_path / "out")
+    assert summary.changed_files == 3
+    assert len(table) == 12, "the plan's files, each accounted for"
+
+
+def test_two_at_once_write_no_mixed_result(folder, exported, tmp_path):
+    with unfinished(str(tmp_path / "out")).locked(), pytest.raises(NightlyError, match="another process is writing"):
+        run(folder, exported, tmp_path / "out")
+    run(folder, exported, tmp_path / "out")
+
+
+def test_a_torn_plan_is_made_anew(folder, exported, tmp_path, monkeypatch):
+    leave_unfinished(folder, exported, tmp_path / "out", monkeypatch)
+    store = unfinished(str(tmp_path / "out"))
+    store.write("plan/plan.json", b'{"format": 1, "iden')
+    assert read_plan(store) is None
+    summary, _ = run(folder, exported, tmp_path / "out")
+    assert summary.counts.files == 12
+
+
+def test_json_lines_say_the_same_as_parquet(folder, exported, tmp_path):
+    (folder / "bad\n.png").write_bytes(b"")
+    _, table = run(folder, exported, tmp_path / "out", formats=["jsonl"])
+    lines = (tmp_path / "out" / "predictions.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    assert [row["path"] for row in rows] == list(table.path)
+    for row, expected in zip(rows, table.itertuples(), strict=True):
+        assert list(row) == COLUMNS
+        assert row["status"] == expected.status
+        if row["status"] == "ok":
+            assert row["label"] == expected.label
+            assert np.float32(row["probabilities"]).tolist() == expected.probabilities.tolist()
+    assert not (tmp_path / "out" / "predictions.csv").exists()
+
+
+def test_all_probabilities_are_those_of_every_class(folder, exported, tmp_path):
+    _, table = run(folder, exported, tmp_path / "out", top_k=1, all_probabilities=True)
+    for row in table.itertuples():
+        assert sorted(row.labels) == sorted(COLORS)
+        assert sum(row.probabilities) == pytest.approx(1, abs=1e-5)
+        assert (np.diff(row.probabilities) <= 0).all()
+
+
+@pytest.mark.parametrize(
+    ("params", "refused"),
+    [
+        ({}, False),
+        ({"strict": True}, True),
+        ({"max_failed": "0"}, True),
+        ({"max_failed": "1"}, True),
+        ({"max_failed": "2"}, False),
+        ({"max_failed": "14%"}, True),
+        ({"max_failed": "15%"}, False),
+        ({"max_failed": 2}, False),
+    ],
+)
+def test_too_many_failures_are_an_error_after_all_is_written(folder, exported, tmp_path, params, refused):
+    for name in ("a.png", "b.png"):
+        (folder / name).write_bytes(b"")
+    if not refused:
+        run(folder, exported, tmp_path / "out", **params)
+    else:
+        with pytest.raises(TooManyFailed, match=r"2 of 14 files failed \(2 empty\), allowed: .*predictions\.parquet"):
+            run(folder, exported, tmp_path / "out", **params)
+    assert len(pd.read_parquet(tmp_path / "out" / "predictions.parquet")) == 14
+
+
+@pytest.mark.parametrize("value", ["two", "-1", "2 %", "%"])
+def test_a_limit_of_failures_is_a_number_or_a_share(value):
+    with pytest.raises(ValueError, match="max_failed"):
+        PredictParams(max_failed=value)
+
+
+def test_the_drift_of_a_folder_is_told(folder, exported, tmp_path):
+    model, dark = tmp_path / "model", tmp_path / "dark"
+    shutil.copytree(exported, model)
+    images = np.stack([colored_image(name, seed) for name in COLORS for seed in range(40)])
+    probabilities, features = next(open_engine(load_bundle(model), REFERENCE, batch_size=120).outputs([images]))
+    reference = Tally()
+    reference.add(np.stack([image_statistics(image) for image in images]), features, probabilities)
+    reference.save(load_bundle(model).reference_file)
+    dark.mkdir()
+    for seed, image in enumerate(images):
+        (dark / f"{seed}.png").write_bytes(encode_png(image // 4))
+    summary, _ = run(dark, model, tmp_path / "out")
+    assert summary.drift["level"] == "strong"
+    assert any("darker" in sentence for sentence in summary.drift["sentences"])
+    assert json.loads((tmp_path / "out" / "summary.json").read_text())["drift"] == summary.drift
+
+
+def test_a_report_is_written_if_asked_for(folder, exported, tmp_path):
+    (folder / "bad.png").write_bytes(b"")
+    run(folder, exported, tmp_path / "out", report=True)
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "data:image/" in page
+    assert "../source/blue/900.png" in page
+
+
+def test_images_are_put_into_a_folder_for_each_class(folder, exported, tmp_path):
+    (folder / "bad.png").write_bytes(b"")
+    predict(folder, tmp_path / "out", exported, PredictParams(threshold=0.0), sort_into=tmp_path / "sorted")
+    links = [path for path in (tmp_path / "sorted").rglob("*") if path.is_symlink()]
+    assert len(links) == 12
+    assert all(link.relative_to(tmp_path / "sorted").parts[0] == link.resolve().parent.name for link in links)
 
 
 def test_prediction_with_openvino_imports_no_tensorflow(folder, exported, tmp_path):
@@ -224,8 +413,8 @@ def test_prediction_with_openvino_imports_no_tensorflow(folder, exported, tmp_pa
     code = (
         "import sys; from pathlib import Path; from tasks.predict import PredictParams, predict;"
         "predict(Path(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]), PredictParams(engine='openvino'));"
-        "assert not {'tensorflow', 'keras', 'jax', 'prefect', 'dvc'} & set(sys.modules)"
+        "assert not {'tensorflow', 'keras', 'jax', 'prefect', 'dvc', 'matplotlib'} & set(sys.modules)"
     )
     arguments = [sys.executable, "-c", code, str(folder), str(tmp_path / "out"), str(exported)]
     subprocess.run(arguments, check=True, capture_output=True)
-    assert (tmp_path / "out" / "predictions.parquet").is_file()
+    assert len(pd.read_parquet(tmp_path / "out" / "predictions.parquet")) == 12

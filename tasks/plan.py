@@ -1,0 +1,168 @@
+"""The plan of a prediction: what is classified, with what, in which shards; written first, so that a rerun goes on.
+
+A result consists of ``plan/`` (``plan.json`` and ``files.parquet``), one ``predictions.parquet/part-NNNNN.parquet`` for
+each shard and, once all shards are there, of the rest. In a local folder it is called ``.NAME.unfinished`` until then.
+"""
+
+import hashlib
+import io
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pydantic import ConfigDict
+
+from tasks.errors import NightlyError
+from tasks.inputs import Listing
+from tasks.params import Section
+from tasks.store import LocalStore, RemoteStore, Store, is_remote
+
+FORMAT = 1
+PLAN, FILES, PARTS = "plan/plan.json", "plan/files.parquet", "predictions.parquet"
+_FILES_SCHEMA = pa.schema([("path", pa.binary()), ("size", pa.int64()), ("mtime_ns", pa.int64())])
+
+
+class Plan(Section):
+    """What ``plan.json`` holds.
+
+    Attributes:
+        identity: everything that decides a row: source, model, engine, and options by their names on the command line.
+        files: how many are classified.
+        shard_files: how many of them make a shard, the last one perhaps fewer.
+        listing: SHA-256 over path, size and time of every file.
+        left_out: numbers of files found and not classified, by reason.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    format: int = FORMAT
+    identity: dict[str, Any]
+    files: int
+    shard_files: int
+    listing: str
+    left_out: dict[str, int]
+
+    @property
+    def shards(self) -> int:
+        return math.ceil(self.files / self.shard_files)
+
+
+def part_name(shard: int) -> str:
+    """Return the name of a shard's file among the parts."""
+    return f"part-{shard:05d}.parquet"
+
+
+def shard_length(plan: Plan, shard: int) -> int:
+    """Return how many files a shard has."""
+    return min(plan.shard_files, plan.files - shard * plan.shard_files)
+
+
+def unfinished(out: str) -> Store:
+    """Return where the result ``out``, a path or an fsspec address, stands before it is complete."""
+    if is_remote(out):
+        return RemoteStore(out.rstrip("/"))
+    path = Path(out).absolute()
+    return LocalStore(path.with_name(f".{path.name}.unfinished"))
+
+
+def write_plan(store: Store, identity: dict[str, Any], listing: Listing, shard_files: int) -> Plan:
+    """Write the list of files, then the plan that vouches for it."""
+    plan = Plan(
+        identity=identity,
+        files=len(listing.paths),
+        shard_files=shard_files,
+        listing=digest(listing),
+        left_out={
+            name: count
+            for name, count in (
+                ("hidden and side files", listing.side_files),
+                ("by include and exclude", listing.excluded),
+                ("named twice", listing.repeated),
+            )
+            if count
+        },
+    )
+    # A row group for each shard, so that whoever computes one reads no more.
+    with store.writing(FILES) as file, pq.ParquetWriter(file, _FILES_SCHEMA) as table:
+        for start in range(0, len(listing.paths), shard_files):
+            rows = slice(start, start + shard_files)
+            paths = [os.fsencode(path) for path in listing.paths[rows]]
+            table.write_table(
+                pa.table([paths, listing.sizes[rows], listing.mtimes[rows]], schema=_FILES_SCHEMA), shard_files
+            )
+    store.write(PLAN, json.dumps(plan.model_dump(), indent=2, ensure_ascii=False).encode())
+    return plan
+
+
+def read_plan(store: Store) -> Plan | None:
+    """Return the plan in a store, None if there is none of this format."""
+    data = store.read(PLAN)
+    try:
+        facts = json.loads(data) if data else {}
+    except ValueError:
+        return None
+    return Plan(**facts) if facts.get("format") == FORMAT else None
+
+
+def read_shard(store: Store, shard: int) -> list[str]:
+    """Return the paths of a shard's files."""
+    table = _files(store).read_row_group(shard, columns=["path"])
+    return [os.fsdecode(path) for path in table["path"].to_pylist()]
+
+
+def missing_shards(store: Store, plan: Plan) -> list[int]:
+    """Return the shards that have no part yet."""
+    there = store.names(PARTS)
+    return [shard for shard in range(plan.shards) if part_name(shard) not in there]
+
+
+def require_same(plan: Plan, identity: dict[str, Any], where: str) -> None:
+    """Refuse to go on with a plan that was made for something else.
+
+    Raises:
+        NightlyError: names every difference.
+    """
+    differences = [
+        f"{name} was {_short(plan.identity.get(name))} and is {_short(identity.get(name))}"
+        for name in sorted(plan.identity.keys() | identity.keys())
+        if plan.identity.get(name) != identity.get(name)
+    ]
+    if differences:
+        raise NightlyError(
+            f"{where} holds an unfinished result of another run: {'; '.join(differences)}. "
+            "Repeat that run's command to go on with it, give another --out, or start over with --fresh"
+        )
+
+
+def changed_files(store: Store, listing: Listing) -> int:
+    """Return how many files were added, taken away or written since the plan was made."""
+    table = _files(store).read()
+    planned = set(zip(table["path"].to_pylist(), table["size"].to_pylist(), table["mtime_ns"].to_pylist(), strict=True))
+    found = set(zip(map(os.fsencode, listing.paths), listing.sizes.tolist(), listing.mtimes.tolist(), strict=True))
+    return len({path for path, _, _ in planned ^ found})
+
+
+def digest(listing: Listing) -> str:
+    """Return a SHA-256 over path, size and time of every file, 64 hex digits."""
+    found = hashlib.sha256()
+    for path in listing.paths:
+        found.update(os.fsencode(path) + b"\0")
+    for numbers in (listing.sizes, listing.mtimes):
+        found.update(np.ascontiguousarray(numbers, np.int64))
+    return found.hexdigest()
+
+
+def _files(store: Store) -> pq.ParquetFile:
+    if isinstance(store, LocalStore):
+        return pq.ParquetFile(store.folder / FILES)
+    return pq.ParquetFile(io.BytesIO(store.read(FILES) or b""))
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 60 else f"{text[:57]}…"
