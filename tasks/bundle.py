@@ -19,6 +19,19 @@ from tasks.params import Section
 FORMAT = 1
 MODEL_FILE = "model.keras"
 FACTS_FILE = "bundle.json"
+#: Drift statistics of the validation split, see ``tasks.drift.Tally``.
+REFERENCE_FILE = "reference.npz"
+
+
+class Limits(Section):
+    """How far an engine may be from Keras in float32 and still be offered for prediction.
+
+    ``minimum_agreement`` is the share of images that must get the same label; ``maximum_loss`` the accuracy, 0..1,
+    that may be lost.
+    """
+
+    minimum_agreement: float = Field(0.995, ge=0, le=1)
+    maximum_loss: float = Field(0.003, ge=0, le=1)
 
 
 class Bundle(Section):
@@ -30,9 +43,12 @@ class Bundle(Section):
         classes: class names in the order of the model's outputs.
         normalization: what the layer inside the model does: ``mode``, ``mean``, ``std``, ``channel_order``.
         training: device, precision, seconds and the like; for people, never compared.
-        engines: by engine name, its agreement with ``keras-float32`` on the validation split and whether it
-            is ``offered`` for prediction.
-        threshold: the smallest confidence at which a prediction is accepted; null before ``export``.
+        engines: by engine name what ``tasks.choice.compare`` found on the validation split, ``images_per_second``,
+            and whether it is ``offered`` for prediction; in the registry also under ``test`` what was found there.
+        limits: what ``offered`` was decided by.
+        machine: the one that the speeds were measured on, see ``tasks.choice.this_machine``.
+        temperature: what ``tasks.calibration`` divides the logits by; 1 before ``export``.
+        threshold: the smallest confidence, after that, at which a prediction is accepted; null before ``export``.
     """
 
     model_config = ConfigDict(frozen=True, extra="ignore")
@@ -50,6 +66,9 @@ class Bundle(Section):
     libraries: dict[str, str]
     training: dict[str, Any]
     engines: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    limits: Limits = Limits()
+    machine: dict[str, Any] = Field(default_factory=dict)
+    temperature: float = Field(1.0, gt=0)
     threshold: float | None = None
 
     @property
@@ -58,7 +77,16 @@ class Bundle(Section):
 
     @property
     def openvino_file(self) -> Path:
-        return self.path / "engines" / "openvino" / "model.xml"
+        return self.engine_file("openvino-float32")
+
+    @property
+    def reference_file(self) -> Path:
+        return self.path / REFERENCE_FILE
+
+    def engine_file(self, name: str) -> Path:
+        """Return the model file of an OpenVINO engine; float32 and bfloat16 share one."""
+        folder = name if name == "openvino-int8" else "openvino"
+        return self.path / "engines" / folder / "model.xml"
 
     def save(self) -> None:
         """Write ``bundle.json`` into the bundle's directory."""

@@ -9,7 +9,6 @@ import hashlib
 import importlib.metadata
 import io
 import json
-import logging
 import os
 import shutil
 import signal
@@ -22,11 +21,19 @@ from typing import Any
 import numpy as np
 
 from tasks.device import prepare_device
-from tasks.engines import Engine, KerasEngine, OpenVINOEngine, import_openvino, read_openvino, supports_bfloat16
+from tasks.engines import (
+    CPU_BATCH,
+    Engine,
+    KerasEngine,
+    OpenVINOEngine,
+    read_openvino,
+    supports_bfloat16,
+    write_openvino,
+)
 from tasks.errors import Interrupted, NightlyError
-from tasks.export import write_openvino
 from tasks.files import read_json, write_json
 from tasks.progress import progress
+from tasks.quantize import calibration_sample, quantize
 from tasks.signals import stop_requests
 
 #: Counts up when the same key would stand for other numbers.
@@ -35,12 +42,7 @@ FORMAT = 1
 CACHE_BYTES = 4 * 2**30
 #: Rows between two points that a killed computation goes on from: about ten seconds' worth on two cores.
 FLUSH_ROWS = 1024
-#: ResNet50 at 256 px on two Zen 5 cores, images/s for batches of 4, 8, 16, 32: float32 43, 42, 41, 38, bfloat16 95, 91,
-#: 85, 79; int8, by processor time, 151, 155, 152, 150.
-CPU_BATCH = 8
 GPU_BATCH = 128
-#: What int8 finds its ranges on; NNCF's own default.
-CALIBRATION_IMAGES = 300
 #: Bytes of images hashed at once.
 BLOCK_BYTES = 1 << 24
 
@@ -205,9 +207,7 @@ class FeatureSource:
             if self._sample is not None:
                 print(f"quantizing the backbone to int8 with {len(self._sample)} training images", flush=True)
                 model = quantize(model, self._sample)
-            # What int8 leaves over is computed in the faster of the other two.
-            half = self.precision != "float32" and supports_bfloat16()
-            return OpenVINOEngine(model, "openvino-bfloat16" if half else "openvino-float32", CPU_BATCH)
+            return OpenVINOEngine(model, f"openvino-{self.precision}")
 
     def _engine_facts(self) -> tuple[str, dict[str, Any]]:
         """Return the engine in words, and what of it may change the numbers."""
@@ -243,33 +243,6 @@ def choose_precision(asked: str, gpu: bool) -> str:
                 "train.probe.precision int8 needs the package nncf: install it, or choose auto, float32 or bfloat16"
             ) from None
     return asked
-
-
-def calibration_sample(images: np.ndarray, seed: int) -> np.ndarray:
-    """Return ``CALIBRATION_IMAGES`` of the images, or all if they are fewer; the same ones for the same seed."""
-    count = min(CALIBRATION_IMAGES, len(images))
-    return np.asarray(images[np.sort(np.random.default_rng(seed).choice(len(images), count, replace=False))])
-
-
-def quantize(model: Any, images: np.ndarray) -> Any:
-    """Return an ``openvino.Model`` computing in int8, its ranges found on uint8 ``images``, one by one.
-
-    Symmetric ranges, NNCF's preset for networks with ReLU. The same images give the same model.
-    """
-    import_openvino()
-    import nncf
-
-    # Not by nncf.set_log_level, which quiets every handler that anybody has given its logger, too.
-    logging.getLogger("nncf").setLevel(logging.ERROR)
-    dataset = nncf.Dataset([image[np.newaxis] for image in images])
-    with contextlib.redirect_stdout(io.StringIO()):  # its progress bars
-        return nncf.quantize(
-            model,
-            dataset,
-            preset=nncf.QuantizationPreset.PERFORMANCE,
-            subset_size=len(images),
-            fast_bias_correction=True,
-        )
 
 
 def in_bfloat16(extractor: Any) -> Any:

@@ -15,9 +15,9 @@ from tasks.engines import (
     read_openvino,
     supports_bfloat16,
     with_features,
+    write_openvino,
 )
 from tasks.errors import NightlyError
-from tasks.export import write_openvino
 
 EXPECTED = [name for name in ENGINES if name != "openvino-bfloat16" or supports_bfloat16()]
 
@@ -27,18 +27,11 @@ def images(prepared):
     return np.load(prepared / "test" / "images.npy")
 
 
-def outputs(engine, images):
-    """Return all probabilities and all features."""
-    starts = range(0, len(images), engine.batch_size)
-    parts = list(engine.outputs(images[start : start + engine.batch_size] for start in starts))
-    return tuple(np.concatenate(column) for column in zip(*parts, strict=True))
-
-
 @pytest.mark.parametrize("name", EXPECTED)
 def test_engines_give_probabilities_and_the_features_below_the_head(exported, images, name):
     bundle = load_bundle(exported)
     engine = open_engine(bundle, name)
-    probabilities, features = outputs(engine, images)
+    probabilities, features = engine.run(images)
     classifier = load_keras_model(bundle)
     pooled = type(classifier)(classifier.input, classifier.get_layer("pool").output)
     tolerance = 1e-5 if "float32" in name else 0.02
@@ -63,9 +56,9 @@ def test_the_features_of_a_flattening_classifier_are_means_over_all_positions(im
     maps = type(classifier)(classifier.input, classifier.get_layer("convolution").output)
     expected = maps.predict(images, verbose=0).mean(axis=(1, 2))
     write_openvino(with_features(classifier), tmp_path / "model.xml")
-    openvino = OpenVINOEngine(read_openvino(tmp_path / "model.xml"), "openvino-float32", 8)
+    openvino = OpenVINOEngine(read_openvino(tmp_path / "model.xml"), "openvino-float32")
     for engine in (KerasEngine(with_features(classifier), 8), openvino):
-        probabilities, features = outputs(engine, images)
+        probabilities, features = engine.run(images)
         np.testing.assert_allclose(features, expected, atol=1e-6)
         np.testing.assert_allclose(probabilities, classifier.predict(images, verbose=0), atol=1e-6)
 
@@ -77,7 +70,7 @@ def test_a_model_with_one_output_has_no_features(images, tmp_path):
     classifier = keras.Model(pixels, keras.layers.Flatten()(keras.layers.Rescaling(1 / 255)(pixels)))
     assert with_features(classifier) is classifier
     write_openvino(classifier, tmp_path / "model.xml")
-    openvino = OpenVINOEngine(read_openvino(tmp_path / "model.xml"), "openvino-float32", 8)
+    openvino = OpenVINOEngine(read_openvino(tmp_path / "model.xml"), "openvino-float32")
     for engine in (KerasEngine(classifier, 8), openvino):
         [(rows, features)] = engine.outputs([images[:3]])
         assert features is None

@@ -15,7 +15,7 @@ import tasks.features
 from tasks.device import prepare_device
 from tasks.engines import supports_bfloat16
 from tasks.errors import Interrupted, NightlyError
-from tasks.features import CPU_BATCH, FeatureSource, calibration_sample, choose_precision, in_bfloat16, make_room
+from tasks.features import CPU_BATCH, FeatureSource, choose_precision, in_bfloat16, make_room
 from tasks.files import read_json
 
 SIZE, FEATURES = 8, 6
@@ -104,15 +104,6 @@ def test_int8_is_the_same_for_the_same_seed(extractor, tmp_path):
         source(extractor, tmp_path / name, "int8", calibration=images).features(images, "some") for name in "ab"
     )
     np.testing.assert_array_equal(first, again)
-
-
-def test_the_calibration_sample_is_fixed_by_the_seed():
-    images = np.arange(1000, dtype=np.uint8).repeat(3).reshape(1000, 1, 1, 3)
-    sample = calibration_sample(images, 1)
-    assert len(sample) == 300
-    np.testing.assert_array_equal(sample, calibration_sample(images, 1))
-    assert (sample != calibration_sample(images, 2)).any()
-    assert len(calibration_sample(images[:5], 1)) == 5
 
 
 def test_precisions_of_this_machine():
@@ -442,7 +433,7 @@ def test_kill_minus_nine_and_again(tmp_path, computed):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("call", ["tasks.engines.supports_bfloat16()", "tasks.features.import_openvino(); import nncf"])
+@pytest.mark.parametrize("call", ["tasks.engines.supports_bfloat16()", "tasks.engines.import_openvino(); import nncf"])
 def test_no_telemetry(call, tmp_path):
     program = f"import sys, tasks.features; {call}; print('Telemetry' in dir(sys.modules['openvino_telemetry']))"
     done = subprocess.run(
