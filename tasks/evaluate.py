@@ -11,7 +11,9 @@ import pandas as pd
 from pydantic import Field
 
 from tasks import metrics
-from tasks.bundle import Bundle, load_bundle
+from tasks.bundle import Bundle, Limits, load_bundle
+from tasks.calibration import apply_temperature
+from tasks.choice import available, compare, evidence
 from tasks.engines import REFERENCE, Engine, open_engine
 from tasks.errors import NightlyError, run_main
 from tasks.files import publish_directory, read_json, write_json, write_text
@@ -24,7 +26,7 @@ class EvaluateParams(Section):
     """How the test split is run and what the report shows; none of it changes an accuracy.
 
     Attributes:
-        batch_size: images per inference batch; null leaves it to the engine.
+        batch_size: images per inference batch of Keras; null leaves it to the engine, as OpenVINO's always is.
         calibration_bins: equal-width confidence bins of the calibration error.
         confidence_level: of the accuracy's interval.
         pictures: mistakes, and as many hits, shown in the report.
@@ -75,19 +77,26 @@ def summarize(
     model_id: str,
     test_digest: str,
     threshold: float | None,
+    temperature: float = 1.0,
+    limits: Limits | None = None,
 ) -> Evaluation:
     """Measure the engines' probabilities against the targets; every headline figure is ``keras-float32``'s.
+
+    All of them are what prediction gives, after temperature scaling.
 
     Shares are rounded to six decimals and differences to two digits, so that metrics.json shows the same
     figures on the next run of the same model. Beyond those named in ``tasks.metrics``, it holds
 
     - ``accuracy_low``, ``accuracy_high``: Wilson interval of the accuracy at ``params.confidence_level``;
     - ``mistakes``: number of wrong labels; ``macro_f1``: mean F1 over the classes that have test images;
+    - ``temperature``: the bundle's, and under ``uncalibrated`` what ``log_loss`` and ``calibration_error`` were
+      without it;
     - ``threshold``: the bundle's, and at it ``accepted``: share of images at least that confident, and
-      ``accepted_accuracy``: accuracy among them, 0 if there are none. All three are absent without a threshold.
+      ``accepted_accuracy``: accuracy among them, 0 if there are none. All three are absent without a threshold;
+    - ``engines``: what ``tasks.choice.compare`` finds of each.
 
     Args:
-        probabilities: ``(N, C)`` by engine name, ``keras-float32`` among them.
+        probabilities: ``(N, C)`` by engine name, ``keras-float32`` among them, as the engines give them.
         targets: class indexes ``(N,)``.
 
     Raises:
@@ -95,6 +104,8 @@ def summarize(
     """
     for name, values in probabilities.items():
         _check_probabilities(name, values, (len(targets), len(classes)))
+    raw = probabilities[REFERENCE]
+    probabilities = {name: apply_temperature(values, temperature) for name, values in probabilities.items()}
     reference = probabilities[REFERENCE]
     labels = metrics.predicted_labels(reference)
     confidence = reference.max(axis=1).astype(np.float64)
@@ -102,6 +113,7 @@ def summarize(
     matrix = metrics.confusion_matrix(targets, labels, len(classes))
     scores = metrics.class_scores(matrix)
     bins = metrics.calibration_bins(confidence, correct, params.calibration_bins)
+    raw_bins = metrics.calibration_bins(raw.max(axis=1), correct, params.calibration_bins)
     low, high = metrics.wilson_interval(int(correct.sum()), len(targets), params.confidence_level)
     figures: dict[str, Any] = {
         "model_id": model_id,
@@ -115,6 +127,11 @@ def summarize(
         "macro_f1": _share(metrics.macro_f1(scores)),
         "log_loss": _share(metrics.log_loss(targets, reference)),
         "calibration_error": _share(metrics.calibration_error(bins)),
+        "temperature": temperature,
+        "uncalibrated": {
+            "log_loss": _share(metrics.log_loss(targets, raw)),
+            "calibration_error": _share(metrics.calibration_error(raw_bins)),
+        },
     }
     if threshold is not None:
         accepted = confidence >= threshold
@@ -131,12 +148,7 @@ def summarize(
         for i, name in enumerate(classes)
     }
     figures["engines"] = {
-        name: {
-            "accuracy": _share(metrics.accuracy(targets, metrics.predicted_labels(values))),
-            "agreement": _share(metrics.agreement(reference, values)),
-            "max_difference": float(f"{metrics.max_difference(reference, values):.2g}"),
-        }
-        for name, values in probabilities.items()
+        name: compare(reference, values, targets, limits or Limits()) for name, values in probabilities.items()
     }
     by_confidence = np.argsort(confidence, kind="stable")
     return Evaluation(
@@ -161,7 +173,7 @@ def evaluate(exported: Path, prepared: Path, out: Path, params: EvaluateParams) 
     targets = np.load(prepared / "test" / "targets.npy").argmax(axis=1)
     _check_test_split(bundle, read_json(prepared / "classes.json"), images)
     probabilities = {}
-    for name in dict.fromkeys([REFERENCE, *bundle.engines]):
+    for name in [REFERENCE, *(name for name in bundle.engines if name != REFERENCE and available(bundle, name))]:
         probabilities[name] = _run(open_engine(bundle, name, batch_size=params.batch_size), images)
     evaluation = summarize(
         probabilities,
@@ -171,6 +183,8 @@ def evaluate(exported: Path, prepared: Path, out: Path, params: EvaluateParams) 
         model_id=bundle.id,
         test_digest=facts["test_digest"],
         threshold=bundle.threshold,
+        temperature=bundle.temperature,
+        limits=bundle.limits,
     )
     if (names := _test_names(prepared)) is not None:
         evaluation.predictions.insert(1, "name", names)
@@ -270,6 +284,9 @@ def _report_data(evaluation: Evaluation, bundle: Bundle, images: np.ndarray, par
         reference=REFERENCE,
         level=params.confidence_level,
         notes=notes,
+        refused=[
+            (name, evidence(bundle, name)) for name in bundle.engines if name not in evaluation.metrics["engines"]
+        ],
     )
 
 

@@ -102,7 +102,8 @@ def incomparable(challenger: Metrics, champion: Metrics) -> str | None:
 def register(exported: Path, evaluation: Path, registry: Path) -> str:
     """Copy an exported model and its evaluation into ``registry``; return its id.
 
-    A model that is registered already stays untouched.
+    The copy's engines also have the evaluation's evidence, and one that failed on the test split is not offered. A
+    model that is registered already stays untouched.
 
     Raises:
         NightlyError: ``exported`` is no complete bundle, or ``evaluation`` is of another model.
@@ -115,10 +116,21 @@ def register(exported: Path, evaluation: Path, registry: Path) -> str:
     if not destination.exists():
         with publish_directory(destination) as partial:
             shutil.copytree(exported, partial, dirs_exist_ok=True)
+            bundle.changed(path=partial, engines=_tested(bundle.engines, metrics.get("engines", {}))).save()
             (partial / "evaluation").mkdir(exist_ok=True)
             for name in EVALUATION_FILES:
                 shutil.copyfile(evaluation / name, partial / "evaluation" / name)
     return bundle.id
+
+
+def _tested(engines: dict[str, dict[str, Any]], found: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Return what is known of the engines, with what was found on the test split."""
+    return {
+        name: {**facts, "offered": facts["offered"] and found[name].get("passed", True), "test": found[name]}
+        if name in found
+        else facts
+        for name, facts in engines.items()
+    }
 
 
 def promote(models: Path, model_id: str, verdict: Verdict, champion_metrics: Metrics | None = None) -> Entry:

@@ -46,10 +46,11 @@ class ReportData:
         hits: right predictions, the least confident first.
         history: the rows of history.csv; may be empty.
         facts: the model bundle's ``created``, ``parameters``, ``training``, ``libraries``, ``decode``,
-            ``normalization``, ``data_digest``, ``test_digest``, ``engines``.
+            ``normalization``, ``data_digest``, ``test_digest``, ``engines``, ``limits``.
         reference: name of the engine whose figures the metrics are.
         level: of the accuracy's interval.
         notes: sentences that the reader must see first.
+        refused: engines that are not in ``metrics``, and what speaks against them.
     """
 
     metrics: Mapping[str, Any]
@@ -63,6 +64,7 @@ class ReportData:
     reference: str
     level: float = 0.95
     notes: Sequence[str] = ()
+    refused: Sequence[tuple[str, str]] = ()
 
 
 def render_report(data: ReportData) -> str:
@@ -109,6 +111,8 @@ def render_report(data: ReportData) -> str:
             }
             for name, figures in metrics["engines"].items()
         ],
+        limits=facts["limits"],
+        refused=data.refused,
         records=_records(facts, metrics),
     )
 

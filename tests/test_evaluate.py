@@ -5,6 +5,8 @@ import pandas as pd
 import pytest
 
 from tasks import evaluate as stage
+from tasks.bundle import Limits
+from tasks.calibration import apply_temperature
 from tasks.errors import NightlyError
 from tasks.evaluate import EvaluateParams, evaluate, summarize
 from tasks.files import write_json
@@ -13,6 +15,7 @@ CLASSES = ["cat", "dog", "eel"]
 TARGETS = np.array([0, 1, 2, 2])
 KERAS = np.array([[0.7, 0.2, 0.1], [0.25, 0.5, 0.25], [0.0, 0.125, 0.875], [0.6, 0.3, 0.1]], np.float32)
 OTHER = np.array([[0.7, 0.2, 0.1], [0.5, 0.25, 0.25], [0.0, 0.125, 0.875], [0.6, 0.3, 0.1]], np.float32)
+SAME = {"agreement": 1.0, "accuracy_lost": 0.0, "max_difference": 0.0, "passed": True}
 FACTS = {"model_id": "abc", "test_digest": "d1", "threshold": 0.6}
 
 
@@ -36,6 +39,8 @@ def test_every_figure_of_four_images():
         "macro_f1": 0.777778,
         "log_loss": round((-np.log([0.7, 0.5, 0.875, 0.1])).mean(), 6),
         "calibration_error": 0.38125,
+        "temperature": 1.0,
+        "uncalibrated": {"log_loss": round((-np.log([0.7, 0.5, 0.875, 0.1])).mean(), 6), "calibration_error": 0.38125},
         "threshold": 0.6,
         "accepted": 0.75,
         "accepted_accuracy": 0.666667,
@@ -45,10 +50,36 @@ def test_every_figure_of_four_images():
             "eel": {"precision": 1.0, "recall": 0.5, "f1": 0.666667, "images": 2},
         },
         "engines": {
-            "keras-float32": {"accuracy": 0.75, "agreement": 1.0, "max_difference": 0.0},
-            "openvino-float32": {"accuracy": 0.5, "agreement": 0.75, "max_difference": 0.25},
+            "keras-float32": {**SAME, "accuracy": 0.75},
+            "openvino-float32": {
+                "accuracy": 0.5,
+                "agreement": 0.75,
+                "accuracy_lost": 0.25,
+                "max_difference": 0.25,
+                "passed": False,
+            },
         },
     }
+
+
+def test_all_figures_are_those_of_calibrated_probabilities():
+    cooled = apply_temperature(KERAS, 0.5)
+    found = measured({"keras-float32": KERAS}, temperature=0.5)
+    plain = measured({"keras-float32": cooled})
+    expected = {**plain.metrics, "temperature": 0.5}
+    expected["uncalibrated"] = {name: measured().metrics[name] for name in ("log_loss", "calibration_error")}
+    assert found.metrics == expected
+    assert found.metrics["log_loss"] != expected["uncalibrated"]["log_loss"]
+    assert found.metrics["calibration_error"] != expected["uncalibrated"]["calibration_error"]
+    pd.testing.assert_frame_equal(found.predictions, plain.predictions)
+
+
+def test_an_engine_passes_within_the_bundles_limits():
+    assert measured(limits=Limits(minimum_agreement=0.75, maximum_loss=0.25)).metrics["engines"]["openvino-float32"][
+        "passed"
+    ]
+    for limits in (Limits(minimum_agreement=0.76, maximum_loss=1), Limits(minimum_agreement=0, maximum_loss=0.24)):
+        assert not measured(limits=limits).metrics["engines"]["openvino-float32"]["passed"]
 
 
 def test_a_confidence_equal_to_the_threshold_is_accepted_and_the_next_one_is_not():
@@ -123,6 +154,8 @@ def workspace(tmp_path, monkeypatch):
     pd.DataFrame(manifest).to_parquet(prepared / "manifest.parquet")
     exported.mkdir()
     (exported / "model.keras").touch()
+    (exported / "engines" / "openvino").mkdir(parents=True)
+    (exported / "engines" / "openvino" / "model.xml").touch()
     (exported / "history.csv").write_text(
         "epoch,loss,accuracy,val_loss,val_accuracy,learning_rate,seconds\n1,1.5,0.5,1.4,0.55,0.001,3.2\n"
     )
@@ -174,6 +207,26 @@ def test_evaluate_writes_what_it_measured(workspace):
         "predictions.parquet",
         "report.html",
     ]
+
+
+def test_temperature_and_limits_are_the_bundles(workspace):
+    facts = bundle_facts(temperature=0.5, limits={"minimum_agreement": 0.7, "maximum_loss": 0.3})
+    write_json(workspace / "exported" / "bundle.json", facts)
+    run(workspace)
+    found = json.loads((workspace / "evaluation" / "metrics.json").read_text())
+    limits = Limits(minimum_agreement=0.7, maximum_loss=0.3)
+    assert found == measured(temperature=0.5, limits=limits).metrics
+    assert found["engines"]["openvino-float32"]["passed"]
+
+
+def test_an_engine_that_export_refused_is_not_run_and_the_report_says_why(workspace):
+    refused = {"agreement": 0.9012, "accuracy_lost": 0.05, "max_difference": 0.5, "offered": False}
+    engines = {**bundle_facts()["engines"], "openvino-int8": refused}
+    write_json(workspace / "exported" / "bundle.json", bundle_facts(engines=engines))
+    run(workspace)
+    assert "openvino-int8" not in json.loads((workspace / "evaluation" / "metrics.json").read_text())["engines"]
+    words = "openvino-int8 is not offered and was not measured: same label as Keras on 90.12% of the validation images"
+    assert words in (workspace / "evaluation" / "report.html").read_text()
 
 
 def test_the_same_model_gives_the_same_bytes(workspace):

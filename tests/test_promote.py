@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tasks import promote as module
-from tasks.bundle import MODEL_FILE
+from tasks.bundle import MODEL_FILE, load_bundle
 from tasks.errors import NightlyError
 from tasks.files import read_json, write_json
 from tasks.promote import (
@@ -114,6 +114,28 @@ def test_a_registered_model_is_a_copy_with_its_evaluation(tmp_path):
         "m1/evaluation/metrics.json",
         "m1/evaluation/report.html",
     }
+
+
+def test_a_registered_models_engines_have_the_evidence_of_the_test_split(tmp_path):
+    exported, evaluation = export(tmp_path, "m1")
+    validation = {"agreement": 1.0, "offered": True}
+    engines = {name: dict(validation) for name in ("keras-float32", "openvino-float32", "openvino-int8")}
+    engines["openvino-bfloat16"] = {"agreement": 0.9, "offered": False}
+    load_bundle(exported).changed(engines=engines).save()
+    before = (exported / "bundle.json").read_bytes()
+    found = {name: {"agreement": 0.999, "passed": name != "openvino-int8"} for name in engines}
+    del found["keras-float32"]
+    write_json(evaluation / "metrics.json", {**metrics("m1", 0.9), "engines": found})
+    register(exported, evaluation, tmp_path / "registry")
+    registered_bundle = load_bundle(tmp_path / "registry" / "m1")
+    assert registered_bundle.engines == {
+        "keras-float32": validation,
+        "openvino-float32": {**validation, "test": {"agreement": 0.999, "passed": True}},
+        "openvino-int8": {"agreement": 1.0, "offered": False, "test": {"agreement": 0.999, "passed": False}},
+        "openvino-bfloat16": {"agreement": 0.9, "offered": False, "test": {"agreement": 0.999, "passed": True}},
+    }
+    assert registered_bundle.id == "m1"
+    assert (exported / "bundle.json").read_bytes() == before, "what DVC made stays as it is"
 
 
 def test_a_registered_model_is_never_changed(tmp_path):
