@@ -190,9 +190,13 @@ def ray_folder(bundle: Bundle, folder: Path, images: int, size: int) -> float:
     try:
         files = [str(path) for path in sorted(folder.rglob("*.jpg"))[:images]]
         data = ray.data.read_images(files, size=(size, size), mode="RGB")
-        began, rows = time.perf_counter(), 0
-        for batch in data.map_batches(Predictor, batch_size=32, concurrency=1).iter_batches(batch_size=None):
-            rows += len(batch["probabilities"])
+        began, rows = None, 0
+        for batch in data.map_batches(Predictor, batch_size=32, concurrency=1).iter_batches(batch_size=32):
+            if began is None:
+                began = time.perf_counter()  # the model is loaded and compiled by now
+            else:
+                rows += len(batch["probabilities"])
+        assert began is not None
         return rows / (time.perf_counter() - began)
     finally:
         ray.shutdown()

@@ -133,10 +133,10 @@ def predict(
     A run that was stopped goes on with the same command. What is not given comes from the section 'predict' of
     params.yaml. Exit code 75: interrupted, run it again; 3: the result is there, but too many files failed.
     """
-    from flows.predict import choose_out
     from flows.workspace import find_workspace
+    from tasks.outcome import TooManyFailed
     from tasks.params import parse_section, read_params_file
-    from tasks.predict import PredictParams, TooManyFailed
+    from tasks.predict import PredictParams, choose_out
     from tasks.predict import predict as classify
     from tasks.registry import champion_path
 
@@ -333,6 +333,7 @@ def _print_prediction(summary: "PredictSummary", shown: "Callable[[Path], str]")
         "model": f"{summary.model_id}, {summary.engine}: {summary.engine_reason}",
         "drift": " ".join((summary.drift or {}).get("sentences", [])),
         "predictions": shown(Path(summary.table).resolve()) if local else summary.table,
+        "sorted": summary.sorted or "",
         "report": shown(Path(summary.report).resolve()) if summary.report and local else summary.report or "",
     }
     _print_pairs(_console(), {label: value for label, value in pairs.items() if value})

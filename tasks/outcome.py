@@ -53,6 +53,7 @@ class PredictSummary:
         seconds: of this run; a run that goes on with another's counts its own.
         first_image_seconds: until the first row was known.
         resumed_files: rows that were there already.
+        sorted: what was put into folders, in words.
     """
 
     source: str
@@ -68,6 +69,7 @@ class PredictSummary:
     resumed_files: int = 0
     drift: dict[str, Any] | None = None
     report: str | None = None
+    sorted: str | None = None
     seconds: float = 0.0
     first_image_seconds: float | None = None
 

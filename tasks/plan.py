@@ -9,6 +9,7 @@ import io
 import json
 import math
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +108,27 @@ def read_plan(store: Store) -> Plan | None:
     except ValueError:
         return None
     return Plan(**facts) if facts.get("format") == FORMAT else None
+
+
+def adopt(store: Store, out: str, identity: dict[str, Any], listing: Listing) -> Plan | None:
+    """Take over the plan and parts of a complete result ``out`` of the same run on the same, unchanged files.
+
+    Returns:
+        The plan, with all its parts in ``store``; None if the result is of something else or there is none.
+    """
+    if not isinstance(store, LocalStore):
+        return None
+    result = LocalStore(Path(out))
+    found = read_plan(result)
+    if found is None or found.identity != identity or found.listing != digest(listing):
+        return None
+    if missing_shards(result, found):
+        return None
+    # The plan comes last, since it vouches for the rest.
+    for name in (*(f"{PARTS}/{part_name(shard)}" for shard in range(found.shards)), FILES, PLAN):
+        with (result.folder / name).open("rb") as old, store.writing(name) as new:
+            shutil.copyfileobj(old, new)
+    return read_plan(store)
 
 
 def read_shard(store: Store, shard: int) -> list[str]:

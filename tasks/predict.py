@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import datetime
 import json
 import os
 import shutil
@@ -57,6 +58,7 @@ def predict(
     names: Callable[[], Iterable[bytes]] | None = None,
     sort_into: Path | None = None,
     sort_mode: Literal["link", "copy"] = "link",
+    compute: Callable[[Prediction, list[int], Input, Callable[[int], None]], float | None] = run_shards,
 ) -> PredictSummary:
     """Classify every image of ``source`` and write the tables.
 
@@ -64,12 +66,14 @@ def predict(
         source: a directory, searched recursively; an image; a pattern; a text file of paths; a tar or zip archive;
             ``-`` for paths on standard input; or an fsspec address.
         out: a directory or an fsspec address; receives ``predictions.parquet/``, other formats, ``report.html`` and
-            ``summary.json``. An unfinished result of the same run is gone on with, a complete one replaced once the
-            new one is complete; a directory with other things in it is refused.
+            ``summary.json``. An unfinished result of the same run is gone on with, the rows of a complete one of the
+            same run on unchanged files are taken over, any other result of this function is replaced once the new one
+            is complete, and a directory with other things in it is refused.
         model: a bundle's directory.
-        fresh: forget an unfinished result.
+        fresh: forget an unfinished result, and take over none.
         names: the lines of standard input.
         sort_into: receives a link to or copy of each classified file, in a folder for each class.
+        compute: what classifies the missing shards, as ``run_shards`` does in this process.
 
     Raises:
         NightlyError: nothing to classify, no such bundle or engine, or ``out`` is in use.
@@ -94,12 +98,12 @@ def predict(
             print(f"going on: {summary.resumed_files:,} of {prediction.plan.files:,} files are classified", flush=True)
         waited = time.monotonic() - began
         with progress("Classifying", todo, "files") as advance:
-            first = run_shards(prediction, shards, files, advance)
+            first = compute(prediction, shards, files, advance)
         if first is not None:
             summary.first_image_seconds = waited + first
         finish(prediction, out, files, summary, began)
         if sort_into is not None:
-            _sort(prediction, out, files, sort_into, sort_mode)
+            summary.sorted = _sort(prediction, out, files, sort_into, sort_mode)
     require_few_failures(summary, params)
     return summary
 
@@ -107,6 +111,19 @@ def predict(
 def locate(source: str) -> str:
     """Return a source as any process on this machine finds it: paths absolute, addresses and ``-`` as they are."""
     return source if source == "-" or is_remote(source) else os.path.abspath(source)
+
+
+def choose_out(folder: Path, source: str | Path) -> Path:
+    """Return where below ``folder`` to put a result: on the newest unfinished one of the same source, or a new name.
+
+    Whether that one is of the same model and options, the prediction itself makes sure of.
+    """
+    for entry in sorted(folder.glob(".*.unfinished"), reverse=True):
+        out = folder / entry.name.removeprefix(".").removesuffix(".unfinished")
+        found = plan.read_plan(plan.unfinished(str(out)))
+        if found is not None and found.identity["source"] == locate(str(source)):
+            return out
+    return folder / f"{datetime.datetime.now():%Y%m%d-%H%M%S}"
 
 
 def new_summary(prediction: Prediction, out: str, changed: int) -> PredictSummary:
@@ -163,7 +180,7 @@ def _write_report(prediction: Prediction, out: str, files: Input, facts: dict[st
             shutil.copyfileobj(content, destination)
 
 
-def _sort(prediction: Prediction, out: str, files: Input, destination: Path, mode: Literal["link", "copy"]) -> None:
+def _sort(prediction: Prediction, out: str, files: Input, destination: Path, mode: Literal["link", "copy"]) -> str:
     from tasks.sorting import sort_into
 
     store = RemoteStore(out) if is_remote(out) else LocalStore(Path(out))
@@ -173,7 +190,10 @@ def _sort(prediction: Prediction, out: str, files: Input, destination: Path, mod
             columns = (part[name].to_pylist() for name in ("label", "accepted", "status"))
             yield from zip(plan.read_shard(store, shard), *columns, strict=True)
 
-    sort_into(destination, rows(), files, mode, prediction.bundle.decode.max_bytes)
+    counts = sort_into(destination, rows(), files, mode, prediction.bundle.decode.max_bytes)
+    facts = {"present": "there already", "unsure": "unsure", "failed": "failed", "gone": "gone meanwhile"}
+    rest = "".join(f", {number:,} {words}" for name, words in facts.items() if (number := getattr(counts, name)))
+    return f"{counts.placed:,} {'links' if mode == 'link' else 'copies'} in {destination}{rest}"
 
 
 def _check_out(out: str) -> None:

@@ -88,7 +88,7 @@ def test_help_lists_every_command_and_loads_nothing_heavy():
     ("arguments", "message"),
     [
         (["predcit"], "No such command 'predcit'"),
-        (["predict"], "Missing argument 'PATH'; see 'nightly predict --help'"),
+        (["predict"], "Missing argument 'SOURCE'; see 'nightly predict --help'"),
         (["predict", "x", "--topk", "3"], "No such option: --topk"),
         (["history", "--limit", "many"], "Invalid value for '--limit'"),
     ],
@@ -280,6 +280,38 @@ def test_a_folder_is_classified_with_the_options_given(nightly, workspace, expor
     table = pd.read_parquet("labels/predictions.parquet").set_index("path")
     assert [table.label[f"{name}.png"] for name in COLORS] == list(COLORS)
     assert [len(table["labels"][f"{name}.png"]) for name in COLORS] == [2, 2, 2]
+
+
+@pytest.mark.slow
+def test_a_folder_is_shown_sorted_and_held_to_its_failures(nightly, workspace, exported, tmp_path):
+    from tasks.images import encode_png
+    from tests.conftest import COLORS, colored_image
+
+    folder = tmp_path / "colors"
+    folder.mkdir()
+    for name in COLORS:
+        (folder / f"{name}.png").write_bytes(encode_png(colored_image(name, 7)))
+    (folder / "broken.png").write_bytes(b"no image")
+    (folder / "notes.txt").write_text("x")
+    (folder / "other.jpg").write_bytes(b"")
+    arguments = ("predict", "colors", "--model", exported, "--threshold", 0, "--exclude", "*.jpg", "--format", "jsonl")
+    code, out, _ = nightly(*arguments, "--report", "--sort-into", "sorted", "--copy", "--out", "labels")
+    assert code == 0
+    lines = dict(line.split(maxsplit=1) for line in out.replace("left out", "left_out").splitlines())
+    assert lines["left_out"] == "1 hidden and side files, 1 by include and exclude"
+    assert lines["report"] == "labels/report.html"
+    assert lines["sorted"] == "3 copies in sorted, 1 failed"
+    assert (tmp_path / "labels" / "predictions.jsonl").is_file()
+    assert sorted(str(path.relative_to(tmp_path / "sorted")) for path in (tmp_path / "sorted").rglob("*.png")) == [
+        f"{name}/{name}.png" for name in sorted(COLORS)
+    ]
+    code, out, err = nightly(*arguments, "--max-failed", "20%", "--out", "labels")
+    assert (code, "4 (3 ok, 1 not_an_image)" in out) == (3, True)
+    assert err.startswith(
+        "error: 1 of 4 files failed (1 not_an_image), allowed: 20% with --max-failed; every row is in"
+    )
+    code, _, err = nightly(*arguments, "--copy")
+    assert (code, err) == (2, "error: Invalid value: --copy needs --sort-into; see 'nightly predict --help'\n")
 
 
 # --- retrain, as a process of its own

@@ -266,6 +266,19 @@ def test_rows_are_the_same_bits_whatever_the_shards_and_batches(folder, exported
     pd.testing.assert_frame_equal(first, second, check_exact=True)
 
 
+def test_rows_of_unchanged_files_are_taken_over_from_a_complete_result(folder, exported, tmp_path, monkeypatch):
+    run(folder, exported, tmp_path / "out", formats=FORMATS, shard_files=5)
+    before = everything(tmp_path / "out")
+    with monkeypatch.context() as patch:
+        patch.setattr("tasks.prediction.open_engine", None)
+        summary, _ = run(folder, exported, tmp_path / "out", formats=FORMATS)
+    assert summary.resumed_files == 12
+    assert everything(tmp_path / "out") == before
+    assert run(folder, exported, tmp_path / "out", fresh=True)[0].resumed_files == 0
+    os.utime(folder / "red" / "902.png", ns=(1, 1))
+    assert run(folder, exported, tmp_path / "out")[0].resumed_files == 0
+
+
 def leave_unfinished(folder, exported, out, monkeypatch, **params):
     import tasks.predict
 
