@@ -112,7 +112,8 @@ class OpenVINOEngine(Engine):
         precision = "f32" if name == "openvino-float32" or not supports_bfloat16() else "bf16"
         options = {"INFERENCE_PRECISION_HINT": precision, "PERFORMANCE_HINT": "THROUGHPUT"}
         self._compiled = openvino.Core().compile_model(model, "CPU", options)
-        self._parallel = self._compiled.get_property("OPTIMAL_NUMBER_OF_INFER_REQUESTS")
+        # Two batches for each stream, the second for when the first is done: ResNet20 in int8 gained a quarter.
+        self._parallel = 2 * self._compiled.get_property("OPTIMAL_NUMBER_OF_INFER_REQUESTS")
 
     def outputs(self, batches: Iterable[np.ndarray]) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
         free = [self._compiled.create_infer_request() for _ in range(self._parallel)]

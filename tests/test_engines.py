@@ -80,9 +80,13 @@ def test_a_model_with_one_output_has_no_features(images, tmp_path):
 @pytest.mark.parametrize("name", EXPECTED)
 def test_results_do_not_depend_on_what_else_is_in_the_batch(exported, images, name):
     engine = open_engine(load_bundle(exported), name)
-    together = engine.probabilities(images)
+    together = engine.run(images)
+    order = np.random.default_rng(0).permutation(len(images))
+    for rows, shuffled in zip(together, engine.run(images[order]), strict=True):
+        np.testing.assert_array_equal(shuffled, rows[order])
     for count in (1, 3, 8):
-        np.testing.assert_array_equal(engine.probabilities(images[:count]), together[:count])
+        for rows, few in zip(together, engine.run(images[:count]), strict=True):
+            np.testing.assert_array_equal(few, rows[:count])
 
 
 def test_a_stream_keeps_order_over_many_short_batches(exported, images):
