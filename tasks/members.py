@@ -169,7 +169,7 @@ class ZipMembers(Members):
     def _read(self, begin: int, packed: int, size: int, crc: int, method: int) -> bytes | None:
         # Not by ZipFile: it would keep a kilobyte for each member, and threads would wait for each other.
         header = os.pread(self._file.fileno(), _LOCAL_HEADER.size, begin)
-        if len(header) < _LOCAL_HEADER.size or not header.startswith(zipfile.stringFileHeader):
+        if len(header) < _LOCAL_HEADER.size or not header.startswith(b"PK\x03\x04"):
             return None
         _, name_bytes, extra_bytes = _LOCAL_HEADER.unpack(header)
         data = os.pread(self._file.fileno(), packed, begin + _LOCAL_HEADER.size + name_bytes + extra_bytes)

@@ -95,11 +95,13 @@ class RemoteFiles(Input):
 
     def _entries(self) -> Iterator[Entry]:
         matches = re.compile(translate(self._pattern)).match if self._pattern else bool
+        self._files.invalidate_cache()  # what is there now
         for key, facts in _answer(self.source, lambda: self._files.find(self._start, detail=True)).items():
             path = key.removeprefix(self._folder).removeprefix("/")
             if matches(path) and not path.endswith("/"):  # S3's consoles make empty objects for folders
                 size = facts.get("size")
                 yield path, -1 if size is None else size, _written(facts)
+        self._files.invalidate_cache()  # a large store's list takes much memory
 
 
 def _answer(address: str, request: Callable[[], Answer]) -> Answer:

@@ -63,13 +63,13 @@ def sort_into(
                     counts.gone += 1
                     continue
                 fresh = _copy(fetched.data, place, destination)
-        except (FileExistsError, IsADirectoryError, NotADirectoryError):
+        except (FileExistsError, NotADirectoryError):
             raise NightlyError(
-                f"'{place}' cannot be made: another file stands there or in place of its folder; "
+                f"{str(place)!r} cannot be made: another file stands there or in place of its folder; "
                 "give a directory that is empty or holds an earlier sorting of the same result"
             ) from None
         except OSError as error:
-            error.filename = error.filename or str(place)
+            error.filename = repr(str(place))  # which may hold a newline
             raise NightlyError(f"sorting into '{destination}' stopped: {describe(error)}") from error
         counts.placed += fresh
         counts.present += not fresh

@@ -1,6 +1,7 @@
 """What a batch prediction classifies: every kind of input, with the names and accidents of real ones."""
 
 import contextlib
+import datetime
 import io
 import itertools
 import os
@@ -102,11 +103,13 @@ def test_links_to_files_are_files_and_links_to_folders_are_nothing(tmp_path: Pat
     (images / "itself").symlink_to(images / "itself")
     (images / "loop").symlink_to(images)
     (images / "other").symlink_to(tmp_path / "elsewhere")
+    os.mkfifo(images / "pipe.png")
     with opened(images) as files:
         listing = files.find()
-        assert listing.paths == ["1.png", "dangling", "file", "itself"]
-        assert listing.sizes.tolist() == [5, -1, 5, -1]
+        assert listing.paths == ["1.png", "dangling", "file", "itself", "pipe.png"]
+        assert listing.sizes.tolist() == [5, -1, 5, -1, 0]
         assert listing.mtimes[1] == listing.mtimes[3] == 0
+        assert files.fetch("pipe.png", 9).status == Status.UNREADABLE
         assert files.fetch("file", 9).data == b"12345"
         assert files.fetch("dangling", 9).status == Status.VANISHED
         assert files.fetch("itself", 9).status == Status.UNREADABLE
@@ -368,6 +371,12 @@ def test_a_glob_matches_whole_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPa
             assert all(files.local(path).is_file() for path in paths)
 
 
+def test_a_glob_may_begin_at_the_top_of_everything() -> None:
+    with opened("/no-such-thing-*.png") as files:
+        assert files.find().paths == []
+        assert files.local("1.png") == Path("/1.png")
+
+
 def test_a_glob_goes_no_deeper_than_it_must(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(tmp_path, "1.jpg", "a/2.jpg", "a/b/3.jpg")
     seen, scan = [], os.scandir
@@ -579,6 +588,7 @@ def test_names_in_tars_survive(tmp_path: Path) -> None:
 
 def test_names_in_zips_survive(tmp_path: Path) -> None:
     # Written in UTF-8 and in Latin-1 without the flag that says so, as several systems do.
+    assert found(make_zip(tmp_path / "flagged.zip", {"é.png": b""})).paths == ["é.png"]
     for name in (b"\xc3\xa9.png", b"\xe9.png"):
         archive = make_zip(tmp_path / "a.zip", {"x" * len(name): b"data"})
         archive.write_bytes(archive.read_bytes().replace(b"x" * len(name), name))
@@ -596,6 +606,13 @@ def test_of_a_name_in_an_archive_twice_the_last_counts(tmp_path: Path) -> None:
             listing = files.find()
             assert (listing.paths, listing.repeated) == (["a.png"], 1)
             assert files.fetch("a.png", 9).data == b"22"
+
+
+def test_a_file_in_place_of_a_link_in_a_tar_is_the_file(tmp_path: Path) -> None:
+    link = tar_member("a.png", type=tarfile.SYMTYPE, linkname="b.png")
+    with opened(make_tar(tmp_path / "a.tar", [link, tar_member("b.png", b"b"), tar_member("a.png", b"a")])) as files:
+        assert files.find().repeated == 1
+        assert files.fetch("a.png", 9).data == b"a"
 
 
 def test_links_in_a_tar_lead_to_its_members(tmp_path: Path) -> None:
@@ -832,7 +849,12 @@ class Troubled(MemoryFileSystem):
         if "unlistable" in path:
             raise self.error("no route\nto host")
         found = super().find(path, **options)
-        return {key: {**facts, "size": None, "created": None} for key, facts in found.items()}
+        times = {"created": None, "LastModified": None}
+        times_of_full = {"LastModified": datetime.datetime(2020, 1, 1, tzinfo=datetime.UTC)}
+        return {
+            key: {**facts, "size": None, **times, **(times_of_full if "full" in key else {})}
+            for key, facts in found.items()
+        }
 
 
 @pytest.fixture
@@ -886,7 +908,7 @@ def test_empty_objects_and_folder_marks(troubled: type[Troubled], memory: Memory
         listing = files.find()
         assert listing.paths == ["empty.png", "full.png"]
         assert listing.sizes.tolist() == [-1, -1]
-        assert listing.mtimes.tolist() == [0, 0]
+        assert listing.mtimes.tolist() == [0, 1_577_836_800 * 10**9]
         assert files.fetch("empty.png", 9) == Fetched(b"", 0)
         assert files.fetch("full.png", 9) == Fetched(b"x", 1)
         assert Troubled.asked["/bucket/full.png"] == 1
