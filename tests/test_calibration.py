@@ -38,7 +38,7 @@ def test_what_is_applied_is_the_softmax_of_the_divided_logits():
 
 
 def test_one_changes_no_bit():
-    probabilities, _ = drawn(20, 5, 3.0)
+    probabilities = np.array([[0.5, 0.3, 0.1], [1, 0, 0]], np.float32)  # not even where they do not add up to 1
     np.testing.assert_array_equal(apply_temperature(probabilities, 1.0), probabilities)
 
 
@@ -85,6 +85,7 @@ def test_certain_rows_have_no_temperature():
     assert fit_temperature(np.eye(3, dtype=np.float32), np.arange(3)) == 1.0
     assert fit_temperature(np.zeros((0, 3), np.float32), np.zeros(0, int)) == 1.0
     assert fit_temperature(np.eye(2, dtype=np.float32), np.array([1, 0])) <= HIGHEST
+    assert fit_temperature(np.full((2, 2), np.nan, np.float32), np.array([1, 0])) == 1.0, "what diverged has none"
 
 
 @given(seed=st.integers(0, 10_000), images=st.integers(1, 40), scale=st.floats(0.1, 60))
