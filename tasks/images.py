@@ -302,7 +302,7 @@ def _essential_png(data: bytes) -> tuple[bytes, bytes]:
 
     Compressed texts and profiles may be bombs, animation tables broken: Pillow gets none of them.
     """
-    view, kept, exif, position = memoryview(data), [data[:8]], b"", 8
+    view, kept, exif, position, late = memoryview(data), [data[:8]], b"", 8, False
     for _ in range(_MAX_PARTS):
         if position + 12 > len(data):
             raise _Refused(Status.TRUNCATED, "ends before its last chunk")
@@ -315,7 +315,9 @@ def _essential_png(data: bytes) -> tuple[bytes, bytes]:
                 raise _Refused(Status.TRUNCATED, f"damaged chunk at byte {position}")
             if kind not in _PNG_CHUNKS:
                 raise _Refused(Status.UNSUPPORTED, f"unknown kind of chunk {kind!r}")
-            kept.append(view[position:end])
+            late |= kind == b"IDAT"
+            if not (late and kind == b"tRNS"):  # against the standard, and Pillow warns
+                kept.append(view[position:end])
         elif kind == b"eXIf":
             exif = data[position + 8 : end - 4]
         if kind == b"IEND":

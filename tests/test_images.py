@@ -244,6 +244,14 @@ def test_a_transparent_color_of_any_depth(depth: int, color: int, row: bytes, ke
     assert pixels[0, 0].tolist() != [99, 98, 97]
 
 
+def test_transparency_after_the_pixels_of_a_png_is_none():
+    data = encoded(photo().quantize(16), "PNG", transparency=bytes(16))
+    start = data.index(b"tRNS") - 4
+    chunk, rest = data[start : start + 28], data[:start] + data[start + 28 :]
+    np.testing.assert_array_equal(decoded(rest[:-12] + chunk + rest[-12:]), decoded(rest))
+    assert (decoded(data) == 255).all()
+
+
 @pytest.mark.parametrize(
     "data",
     [
