@@ -1,7 +1,7 @@
 """What every HTML page shares: the template environment, pictures as data URIs, figures in words.
 
-Pages load nothing, run no script, and escape every name that comes from data. Each figure stands in a
-``<data data-metric="...">`` element with its exact value, so that a page can be checked against its JSON.
+Pages load nothing, run no script but the gallery's own, and escape every name that comes from data. Each figure stands
+in a ``<data data-metric="...">`` element with its exact value, so that a page can be checked against its JSON.
 """
 
 import base64

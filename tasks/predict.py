@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal
+from urllib.parse import quote
 
 import numpy as np
 
@@ -27,6 +28,7 @@ from tasks.progress import progress
 from tasks.store import LocalStore, RemoteStore, is_remote
 
 SUMMARY, REPORT = "summary.json", "report.html"
+THUMBNAIL_PIXELS = 96
 _OWN = {"plan", PARTS, SUMMARY, REPORT, *tables.TABLES.values()}
 
 
@@ -161,7 +163,8 @@ def require_few_failures(summary: PredictSummary, params: PredictParams) -> None
 def _write_report(prediction: Prediction, out: str, files: Input, facts: dict[str, Any]) -> None:
     from tasks.gallery import write_gallery
 
-    policy = prediction.bundle.decode
+    # The picture as it is, not as the model sees it.
+    policy = prediction.bundle.decode.changed(size=THUMBNAIL_PIXELS, resize="pad")
 
     def thumbnail(path: str) -> np.ndarray | None:
         fetched = files.fetch(path, policy.max_bytes)
@@ -171,7 +174,11 @@ def _write_report(prediction: Prediction, out: str, files: Input, facts: dict[st
         place = files.local(path)
         if place is None:
             return None
-        return place.absolute().as_uri() if is_remote(out) else os.path.relpath(place.absolute(), Path(out).absolute())
+        return (
+            place.absolute().as_uri()
+            if is_remote(out)
+            else quote(os.path.relpath(place.absolute(), Path(out).absolute()), errors="surrogateescape")
+        )
 
     with tempfile.TemporaryDirectory(prefix="nightly-") as folder:
         page = Path(folder, REPORT)

@@ -405,10 +405,12 @@ def test_the_drift_of_a_folder_is_told(folder, exported, tmp_path):
 
 def test_a_report_is_written_if_asked_for(folder, exported, tmp_path):
     (folder / "bad.png").write_bytes(b"")
+    (folder / "100% blue #1.png").write_bytes((folder / "blue" / "900.png").read_bytes())
     run(folder, exported, tmp_path / "out", report=True)
     page = (tmp_path / "out" / "report.html").read_text()
     assert "data:image/" in page
     assert "../source/blue/900.png" in page
+    assert "../source/100%25%20blue%20%231.png" in page
 
 
 def test_images_are_put_into_a_folder_for_each_class(folder, exported, tmp_path):
