@@ -935,6 +935,8 @@ def test_a_network_that_fails_is_asked_again(
         monkeypatch.setattr(Troubled, "failures", 0)
         assert files.fetch("secret.png", 9) == Fetched(None, 0, Status.UNREADABLE, "Access Denied")
         assert Troubled.asked["/bucket/secret.png"] == 1
+        monkeypatch.setattr(Troubled, "size", lambda *_: pytest.fail("a broken network is asked for a size"))
+        assert files.fetch("broken.png", 9).status == Status.UNREADABLE
     with (
         opened("troubled://unlistable") as files,
         pytest.raises(NightlyError, match="cannot be listed: no route to host"),
