@@ -109,6 +109,8 @@ class OpenVINOEngine(Engine):
         self.name = name
         _, *image_shape = model.inputs[0].partial_shape
         model.reshape([CPU_BATCH, *image_shape])
+        # Converted bilinear upsampling leaves the batch size among the outputs, a scalar.
+        self._outputs = [index for index, output in enumerate(model.outputs) if len(output.partial_shape) == 2]
         precision = "f32" if name == "openvino-float32" or not supports_bfloat16() else "bf16"
         options = {"INFERENCE_PRECISION_HINT": precision, "PERFORMANCE_HINT": "THROUGHPUT"}
         self._compiled = openvino.Core().compile_model(model, "CPU", options)
@@ -122,7 +124,7 @@ class OpenVINOEngine(Engine):
         def oldest() -> tuple[np.ndarray, np.ndarray | None]:
             request, count, _ = running.popleft()
             request.wait()
-            first, *rest = (_rows(tensor.data, count) for tensor in request.output_tensors)
+            first, *rest = (_rows(request.get_output_tensor(index).data, count) for index in self._outputs)
             free.append(request)
             return first, rest[0] if rest else None
 

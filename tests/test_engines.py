@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from tasks.bundle import load_bundle, load_keras_model
+from tasks.classifier import ModelParams, build_classifier
 from tasks.engines import (
     ENGINES,
     REFERENCE,
@@ -75,6 +76,21 @@ def test_a_model_with_one_output_has_no_features(images, tmp_path):
         [(rows, features)] = engine.outputs([images[:3]])
         assert features is None
         np.testing.assert_allclose(rows, images[:3].reshape(3, -1) / 255, atol=1e-6)
+
+
+@pytest.mark.usefixtures("tiny_backbone")
+def test_scalars_among_the_outputs_of_a_converted_model_are_left_out(images, tmp_path):
+    normalization = {"mean": [0] * 3, "std": [255] * 3, "channel_order": "RGB"}
+    classifier = build_classifier(ModelParams(doublings=2, interpolation="bilinear"), 8, 3, normalization)
+    for model, count in ((classifier, 1), (with_features(classifier), 2)):
+        write_openvino(model, tmp_path / "model.xml")
+        converted = read_openvino(tmp_path / "model.xml")
+        assert len(converted.outputs) > count
+        found = OpenVINOEngine(converted, "openvino-float32").run(images)
+        for rows, expected in zip(found, KerasEngine(model, 8).run(images), strict=True):
+            assert (rows is None) == (expected is None)
+            if rows is not None:
+                np.testing.assert_allclose(rows, expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", EXPECTED)
