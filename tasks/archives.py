@@ -196,7 +196,7 @@ def _zip_name(info: zipfile.ZipInfo, inspector: Inspector) -> str:
         raise inspector.refuse(info.filename, "its name is not UTF-8") from None
 
 
-class _StrictTarInfo(tarfile.TarInfo):
+class StrictTarInfo(tarfile.TarInfo):
     """A header whose damage is an error: tarfile itself takes a bad header for the end of the archive."""
 
     @classmethod
@@ -231,11 +231,11 @@ class _Metered:
 
 
 def _tar_members(archive: Path, suffix: str, inspector: Inspector) -> Iterator[tuple[str, bytes]]:
-    with _decompressed(archive, suffix) as stream:
+    with decompressed(archive, suffix) as stream:
         metered = _Metered(stream)
         metered.allow(HEADER_BYTES)
         with tarfile.open(
-            fileobj=metered, mode="r|", bufsize=BLOCK_BYTES, tarinfo=_StrictTarInfo, encoding="utf-8"
+            fileobj=metered, mode="r|", bufsize=BLOCK_BYTES, tarinfo=StrictTarInfo, encoding="utf-8"
         ) as tar:
             while (member := tar.next()) is not None:
                 metered.allow(HEADER_BYTES)
@@ -259,6 +259,6 @@ def _tar_members(archive: Path, suffix: str, inspector: Inspector) -> Iterator[t
                     raise tarfile.ReadError("data after its end mark (two archives joined into one file?)")
 
 
-def _decompressed(archive: Path, suffix: str) -> AbstractContextManager[BinaryIO]:
+def decompressed(archive: Path, suffix: str) -> AbstractContextManager[BinaryIO]:
     openers = {".tar.gz": gzip.open, ".tar.bz2": bz2.open, ".tar.xz": lzma.open}
     return openers.get(suffix, open)(archive, "rb")

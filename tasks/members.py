@@ -20,9 +20,9 @@ from tasks.archives import (
     MAX_MEMBERS,
     MAX_TOTAL_BYTES,
     PADDING_BYTES,
-    _decompressed,
-    _StrictTarInfo,
+    StrictTarInfo,
     archive_suffix,
+    decompressed,
 )
 from tasks.errors import NightlyError
 from tasks.files import publish_file
@@ -123,7 +123,7 @@ class TarMembers(Members):
 
     def _read_index(self, file: BinaryIO) -> None:
         links = {}
-        with tarfile.open(fileobj=_Headers(file), mode="r:", tarinfo=_StrictTarInfo, encoding="utf-8") as tar:
+        with tarfile.open(fileobj=_Headers(file), mode="r:", tarinfo=StrictTarInfo, encoding="utf-8") as tar:
             while (member := tar.next()) is not None:
                 tar.fileobj.left = HEADER_BYTES
                 tar.members.clear()  # tarfile would keep every header in memory
@@ -217,7 +217,7 @@ def _unpacked(file: Path, suffix: str, scratch: Path) -> Path:
     if plain.is_file():
         return plain
     with (
-        _decompressed(file, suffix) as stream,
+        decompressed(file, suffix) as stream,
         publish_file(plain) as partial,
         partial.open("wb") as copy,
         progress(f"Unpacking {file.name}", None, "bytes") as advance,

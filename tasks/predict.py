@@ -112,7 +112,7 @@ def predict(
 
 def locate(source: str) -> str:
     """Return a source as any process on this machine finds it: paths absolute, addresses and ``-`` as they are."""
-    return source if source == "-" or is_remote(source) else os.path.abspath(source)
+    return source if source in ("", "-") or is_remote(source) else os.path.abspath(source)
 
 
 def choose_out(folder: Path, source: str | Path) -> Path:
