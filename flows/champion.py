@@ -9,11 +9,13 @@ from flows.child import StageFailed
 from flows.settings import RetrainParams
 from flows.stages import Emit
 from flows.workspace import Workspace
+from tasks import judge, registry
 from tasks import promote as ledger
-from tasks import registry
+from tasks.bundle import load_bundle
 from tasks.errors import NightlyError
 from tasks.files import read_json
-from tasks.promote import Entry, Metrics, Verdict
+from tasks.judge import Evaluated, Metrics, Verdict
+from tasks.promote import Entry
 
 
 @dataclass(frozen=True)
@@ -26,29 +28,43 @@ class Judgement:
 
 
 def judge_exported(workspace: Workspace, rules: RetrainParams, log: Path, emit: Emit) -> Judgement:
-    """Judge ``models/exported`` against the champion, measuring that one anew if the test set has changed."""
-    challenger = ledger.read_metrics(workspace.evaluation)
+    """Judge ``models/exported`` against the champion, measured anew on another test set or without its predictions."""
+    engines = load_bundle(workspace.exported).engines
+    offered = tuple(name for name, facts in engines.items() if facts.get("offered"))
+    challenger = judge.read_evaluation(workspace.evaluation, offered)
     champion_id = registry.champion_id(workspace.models)
     champion = None
     if champion_id is not None:
         path = _present(workspace, champion_id)
-        champion = ledger.read_metrics(path / "evaluation")
-        same_classes = set(champion["per_class"]) == set(challenger["per_class"])
-        if same_classes and champion["test_digest"] != challenger["test_digest"]:
-            champion = _measured_anew(workspace, path, challenger["test_digest"], log, emit) or champion
-    verdict = ledger.judge(challenger, champion, rules.minimum_gain, rules.accuracy_floor)
+        champion = judge.read_evaluation(path / "evaluation")
+        if reason := _not_to_be_paired(challenger, champion):
+            emit(f"{reason}: measuring the champion {champion_id} on today's test set")
+            champion = _measured_anew(workspace, path, challenger.metrics["test_digest"], log, emit) or champion
+    verdict = judge.judge(challenger, champion, rules)
     if verdict.action == "promote":
-        verdict = _respect_rollback(workspace, challenger["model_id"]) or verdict
-    return Judgement(verdict, challenger, champion)
+        verdict = _respect_rollback(workspace, challenger.id, verdict) or verdict
+    return Judgement(verdict, challenger.metrics, champion.metrics if champion else None)
 
 
-def _respect_rollback(workspace: Workspace, model_id: str) -> Verdict | None:
+def _not_to_be_paired(challenger: Evaluated, champion: Evaluated) -> str | None:
+    """Return why the champion must be measured anew, None if it need not or if that would change nothing."""
+    if set(champion.metrics["per_class"]) != set(challenger.metrics["per_class"]):
+        return None
+    if champion.metrics["test_digest"] != challenger.metrics["test_digest"]:
+        return "the test set has changed"
+    if champion.correct is None and champion.id != challenger.id:
+        return "the champion's predictions are missing"
+    return None
+
+
+def _respect_rollback(workspace: Workspace, model_id: str, verdict: Verdict) -> Verdict | None:
     """Hold a model that a person took out of service: its figures were better then, too."""
     taken_out = ledger.withdrawal(workspace.models, model_id)
     if taken_out is None:
         return None
     by_hand = f"put it back by hand with 'nightly promote {model_id}'"
-    return Verdict("hold", [f"rolled back on {taken_out.time[:10]} ({'; '.join(taken_out.reasons)})", by_hand])
+    reason = f"rolled back on {taken_out.time[:10]} ({'; '.join(taken_out.reasons)})"
+    return Verdict("hold", [reason, by_hand], verdict.comparison)
 
 
 def carry_out(workspace: Workspace, judgement: Judgement, patience_seconds: float, emit: Emit) -> None:
@@ -119,14 +135,13 @@ def _present(workspace: Workspace, model_id: str) -> Path:
     return registry.registered_path(workspace.models, model_id)
 
 
-def _measured_anew(workspace: Workspace, path: Path, test_digest: str, log: Path, emit: Emit) -> Metrics | None:
-    """Return the champion's metrics on today's test set, None if it can't be measured on it."""
+def _measured_anew(workspace: Workspace, path: Path, test_digest: str, log: Path, emit: Emit) -> Evaluated | None:
+    """Return the champion's evaluation on today's test set, None if it can't be measured on it."""
     out = workspace.state / "champion-evaluation"
     if (out / "metrics.json").is_file():
-        known = read_json(out / "metrics.json")
-        if (known["model_id"], known["test_digest"]) == (path.name, test_digest):
+        known = judge.read_evaluation(out)
+        if (known.id, known.metrics["test_digest"]) == (path.name, test_digest):
             return known
-    emit(f"the test set has changed: measuring the champion {path.name} on it")
     command = [sys.executable, "-m", "tasks.evaluate", "--exported", str(path), "--prepared", str(workspace.prepared)]
     command += ["--out", str(out), "--params", str(workspace.params)]
     try:
@@ -134,4 +149,4 @@ def _measured_anew(workspace: Workspace, path: Path, test_digest: str, log: Path
     except StageFailed as failure:
         emit(f"the champion can't be measured on it: {failure}")
         return None
-    return ledger.read_metrics(out)
+    return judge.read_evaluation(out)

@@ -8,15 +8,14 @@ from zoneinfo import available_timezones
 from pydantic import Field, field_validator
 
 from tasks.errors import NightlyError
+from tasks.judge import JudgeParams
 from tasks.params import Section, nearest, parse_section, read_params_file
 
 
-class RetrainParams(Section):
+class RetrainParams(JudgeParams):
     """The nightly run: when a challenger goes into service, and how long to be patient.
 
     Attributes:
-        minimum_gain: accuracy on the frozen test set that a challenger must win by, 0..1.
-        accuracy_floor: accuracy under which no model goes into service, the first one included.
         stage_time_limit_hours: a stage that runs longer is stopped; a training goes on with the next run.
         stop_grace_seconds: how long a stage that has to stop may take to save its work before it is killed.
         download_retries: further attempts at the download stage, the only one that is retried.
@@ -25,8 +24,6 @@ class RetrainParams(Section):
             without power do not become three retrainings in a row.
     """
 
-    minimum_gain: Annotated[float, Field(ge=0, le=1)] = 0.001
-    accuracy_floor: Annotated[float, Field(ge=0, le=1)] = 0.5
     stage_time_limit_hours: Annotated[float, Field(gt=0)] = 12.0
     stop_grace_seconds: Annotated[float, Field(ge=0)] = 60.0
     download_retries: Annotated[int, Field(ge=0, le=20)] = 3

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from flows.champion import Judgement
-from tasks.promote import Metrics
+from tasks.judge import LEVEL, Metrics, chance_words, images_words
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -87,6 +87,7 @@ def markdown(night: Night) -> str:
     ]
     for key, label, percent in FIGURES:
         lines.append(f"| {label} | {figure(challenger, key, percent)} | {figure(champion, key, percent)} |")
+    lines += _judged(night.judgement.verdict.comparison)
     lines += ["", "| stage | state | time | |", "| --- | --- | ---: | --- |"]
     for stage in night.stages:
         lines.append(f"| {stage.name} | {stage.state} | {duration(stage.seconds)} | {_cell(stage.message)} |")
@@ -101,6 +102,35 @@ def markdown(night: Night) -> str:
         lines.append(f"- table: `{night.predictions.table}`")
     lines += [f"- report: `{night.report}`", f"- logs: `{night.logs}`"]
     return "\n".join(lines) + "\n"
+
+
+def _judged(comparison: dict[str, Any] | None) -> list[str]:
+    """Return the table of what the judge found between the two models; nothing where nothing was compared."""
+    if comparison is None:
+        return []
+    rows = [("accuracy", f"{comparison['gain'] * 100:+.2f} points")]
+    if "unpaired" in comparison:
+        rows.append(("image by image", f"not compared: {comparison['unpaired']}"))
+    else:
+        low, high = (f"{bound * 100:+.2f}" for bound in comparison["interval"])
+        rows.append((f"{LEVEL * 100:.0f} % interval", f"{low} to {high} points"))
+        rows.append(("image by image", f"{images_words(comparison)}; {chance_words(comparison['p'])}"))
+        worst = [_class_words(entry) for entry in comparison["classes"]]
+        rows.append(("recall lost", "; ".join(worst) or "by no class"))
+    if "calibration_change" in comparison:
+        rows.append(("calibration error", f"{comparison['calibration_change'] * 100:+.2f} points"))
+    return [
+        "",
+        "| challenger against champion | |",
+        "| --- | --- |",
+        *(f"| {label} | {words} |" for label, words in rows),
+    ]
+
+
+def _class_words(entry: dict[str, Any]) -> str:
+    counts = f"{entry['now_right']:,} now right, {entry['now_wrong']:,} now wrong of {entry['images']:,}"
+    words = f"{_cell(entry['name'])} {entry['change'] * 100:+.2f} points ({counts}; {chance_words(entry['p'])})"
+    return f"**{words}**" if entry["lost"] else words
 
 
 def print_night(night: Night, console: "Console") -> None:

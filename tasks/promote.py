@@ -1,4 +1,4 @@
-"""Which model is in service: judging a challenger, the registry, the champion's pointer and the ledger.
+"""Which model is in service: the registry, the champion's pointer and the ledger.
 
 Every change runs in the same order: the model's directory in the registry, the line in the ledger, the
 pointer. Each step is atomic, so a kill anywhere leaves either the old or the new champion in service.
@@ -15,24 +15,16 @@ from typing import Any, Literal
 
 from tasks.bundle import load_bundle
 from tasks.errors import NightlyError
-from tasks.files import publish_directory, read_json, write_json
+from tasks.files import publish_directory, write_json
+from tasks.judge import Metrics, Verdict, read_metrics
 from tasks.registry import champion_id, registered_path
 
-Metrics = dict[str, Any]
 Action = Literal["promote", "hold", "rollback"]
 
 #: What goes with a model from its evaluation into the registry.
-EVALUATION_FILES = ("metrics.json", "report.html")
+EVALUATION_FILES = ("metrics.json", "predictions.parquet", "report.html")
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """Whether a challenger goes into service, and why, in words."""
-
-    action: Literal["promote", "hold"]
-    reasons: list[str]
 
 
 @dataclass(frozen=True)
@@ -44,6 +36,7 @@ class Entry:
         champion_before: id of the model in service until then; None if there was none.
         challenger: metrics of model ``id``; None where it was never evaluated.
         champion: metrics of ``champion_before`` that ``challenger`` was compared with.
+        comparison: what ``tasks.judge.compare`` found; None where nothing was compared, and in older lines.
     """
 
     time: str
@@ -54,49 +47,7 @@ class Entry:
     challenger: Metrics | None = None
     champion: Metrics | None = None
     data_digest: str | None = None
-
-
-def judge(challenger: Metrics, champion: Metrics | None, minimum_gain: float, accuracy_floor: float) -> Verdict:
-    """Decide whether ``challenger`` replaces ``champion``.
-
-    Args:
-        challenger: the content of its ``metrics.json``.
-        champion: the same for the model in service, measured on the same test set; None for the first model.
-        minimum_gain: accuracy that the challenger must win by, 0..1.
-        accuracy_floor: accuracy under which no model goes into service, 0..1.
-    """
-    accuracy = challenger["accuracy"]
-    if champion is not None and champion["model_id"] == challenger["model_id"]:
-        return Verdict("hold", [f"{challenger['model_id']} is the champion already"])
-    if accuracy < accuracy_floor:
-        return Verdict("hold", [f"accuracy {accuracy:.2%} is under the floor of {accuracy_floor:.2%}"])
-    if champion is None:
-        return Verdict("promote", [f"the first model, and its accuracy of {accuracy:.2%} is over the floor"])
-    if obstacle := incomparable(challenger, champion):
-        by_hand = f"put it in service by hand with 'nightly promote {challenger['model_id']}'"
-        return Verdict("hold", [obstacle, f"if it is the one you want, {by_hand}"])
-    # Rounded, because 0.938 - 0.937 is a little less than 0.001 in binary.
-    gain = round(accuracy - champion["accuracy"], 9)
-    difference = f"{abs(gain) * 100:.2f} points"
-    if gain > 0 and gain >= minimum_gain:
-        return Verdict("promote", [f"better than the champion on the frozen test set by {difference}"])
-    if gain > 0:
-        wanted = f"{minimum_gain * 100:.2f} points are wanted"
-        return Verdict("hold", [f"better than the champion on the frozen test set by {difference} only; {wanted}"])
-    if gain == 0:
-        return Verdict("hold", ["as good as the champion on the frozen test set, and no better"])
-    return Verdict("hold", [f"worse than the champion on the frozen test set by {difference}"])
-
-
-def incomparable(challenger: Metrics, champion: Metrics) -> str | None:
-    """Return why the two accuracies may not be compared, or None if they may."""
-    new, old = set(challenger["per_class"]), set(champion["per_class"])
-    if new != old:
-        changes = [f"{sign}{name}" for sign, names in (("+", new - old), ("-", old - new)) for name in sorted(names)]
-        return f"its classes differ from the champion's ({', '.join(changes)}), so the two can't be compared"
-    if challenger["test_digest"] != champion["test_digest"]:
-        return "the champion was measured on another test set, so the two can't be compared"
-    return None
+    comparison: dict[str, Any] | None = None
 
 
 def register(exported: Path, evaluation: Path, registry: Path) -> str:
@@ -140,7 +91,7 @@ def promote(models: Path, model_id: str, verdict: Verdict, champion_metrics: Met
         models: the directory with ``registry/``, ``ledger.jsonl`` and ``champion.json``.
         champion_metrics: what the challenger was compared with, for the ledger.
     """
-    return _put_in_service(models, "promote", model_id, verdict.reasons, champion_metrics)
+    return _put_in_service(models, "promote", model_id, verdict.reasons, champion_metrics, verdict.comparison)
 
 
 def hold(models: Path, verdict: Verdict, challenger: Metrics, champion: Metrics | None, data_digest: str) -> Entry:
@@ -154,6 +105,7 @@ def hold(models: Path, verdict: Verdict, challenger: Metrics, champion: Metrics 
         challenger=challenger,
         champion=champion,
         data_digest=data_digest,
+        comparison=verdict.comparison,
     )
     _append(models / "ledger.jsonl", entry)
     return entry
@@ -161,7 +113,7 @@ def hold(models: Path, verdict: Verdict, challenger: Metrics, champion: Metrics 
 
 def rollback(models: Path, model_id: str, reason: str) -> Entry:
     """Put the registered model ``model_id`` back in service."""
-    return _put_in_service(models, "rollback", model_id, [reason], None)
+    return _put_in_service(models, "rollback", model_id, [reason])
 
 
 def withdrawal(models: Path, model_id: str) -> Entry | None:
@@ -210,16 +162,13 @@ def history(models: Path) -> list[Entry]:
     return entries
 
 
-def read_metrics(evaluation: Path) -> Metrics:
-    """Return ``metrics.json`` of an evaluation directory."""
-    path = evaluation / "metrics.json"
-    if not path.is_file():
-        raise NightlyError(f"{path} is missing: run 'nightly retrain' to evaluate the model")
-    return read_json(path)
-
-
 def _put_in_service(
-    models: Path, action: Action, model_id: str, reasons: list[str], champion_metrics: Metrics | None
+    models: Path,
+    action: Action,
+    model_id: str,
+    reasons: list[str],
+    champion: Metrics | None = None,
+    comparison: dict[str, Any] | None = None,
 ) -> Entry:
     path = registered_path(models, model_id)
     try:
@@ -233,8 +182,9 @@ def _put_in_service(
         champion_before=before,
         reasons=reasons,
         challenger=read_metrics(path / "evaluation"),
-        champion=champion_metrics,
+        champion=champion,
         data_digest=load_bundle(path).data_digest,
+        comparison=comparison,
     )
     _append(models / "ledger.jsonl", entry)
     write_json(models / "champion.json", {"id": model_id, "promoted": entry.time, "reason": "; ".join(reasons)})

@@ -1,5 +1,6 @@
 """Models that are only files, and a workspace with git, DVC and three quick stages in place of the real ones."""
 
+import inspect
 import json
 import subprocess
 import sys
@@ -22,7 +23,7 @@ STAGES = """
       evaluate:
         cmd: python work.py evaluate
         deps: [models/exported]
-        outs: [models/evaluation/report.html]
+        outs: [models/evaluation/predictions.parquet, models/evaluation/report.html]
         metrics:
         - models/evaluation/metrics.json:
             cache: false
@@ -30,6 +31,7 @@ STAGES = """
 
 WORK = """
     import json, os, pathlib, signal, sys, time
+    from fake_predictions import write_predictions
 
     def write(path, content):
         path = pathlib.Path(path)
@@ -78,6 +80,7 @@ WORK = """
         metrics |= {"per_class": {name: {} for name in knobs["classes"]}}
         write("models/evaluation/metrics.json", metrics)
         write("models/evaluation/report.html", "<p>report")
+        write_predictions(pathlib.Path("models/evaluation"), knobs["accuracy"], knobs["classes"])
 """
 
 PREDICT = """
@@ -98,6 +101,7 @@ PREDICT = """
 
 EVALUATE = """
     import argparse, json, pathlib, sys
+    from fake_predictions import write_predictions
     parser = argparse.ArgumentParser()
     for name in ("--exported", "--prepared", "--out", "--params"):
         parser.add_argument(name, type=pathlib.Path, required=True)
@@ -109,6 +113,7 @@ EVALUATE = """
     metrics |= {"accuracy": knobs["champion_accuracy"], "test_digest": knobs["test_digest"]}
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "metrics.json").write_text(json.dumps(metrics))
+    write_predictions(args.out, knobs["champion_accuracy"], knobs["classes"])
     print("measured", metrics["model_id"])
 """
 
@@ -120,6 +125,20 @@ def metrics(model_id: str, accuracy: float, classes: str = "ab", test_digest: st
         "accuracy": accuracy,
         "per_class": {name: {} for name in classes},
     }
+
+
+def write_predictions(evaluation, accuracy, classes):
+    """Write which of 100 test images a model gets right: the first ones, so of two models one has all of the other's.
+
+    The fake stages run this very text, with nothing of this package round it.
+    """
+    import pyarrow
+    from pyarrow import parquet
+
+    targets = [classes[number % len(classes)] for number in range(100)]
+    correct = [number < round(100 * accuracy) for number in range(100)]
+    table = pyarrow.table({"target": targets, "correct": correct})
+    parquet.write_table(table, evaluation / "predictions.parquet")
 
 
 def export(root: Path, model_id: str, accuracy: float = 0.9) -> tuple[Path, Path]:
@@ -144,6 +163,7 @@ def export(root: Path, model_id: str, accuracy: float = 0.9) -> tuple[Path, Path
     (exported / MODEL_FILE).write_text(f"weights of {model_id}")
     write_json(evaluation / "metrics.json", metrics(model_id, accuracy))
     (evaluation / "report.html").write_text("<p>report")
+    write_predictions(evaluation, accuracy, "ab")
     return exported, evaluation
 
 
@@ -156,6 +176,7 @@ class Miniature:
         for path, content in {
             "dvc.yaml": STAGES,
             "work.py": WORK,
+            "fake_predictions.py": inspect.getsource(write_predictions),
             "tasks/__init__.py": "",
             "tasks/predict.py": PREDICT,
             "tasks/evaluate.py": EVALUATE,

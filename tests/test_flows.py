@@ -217,7 +217,9 @@ def test_when_the_test_set_changes_the_champion_is_measured_on_the_new_one_if_it
     workspace.set(id="m3", accuracy=0.85, champion_accuracy=0.8)
     state, _ = retrain()
     judgement = state.result().judgement
-    assert judgement.verdict.reasons == ["better than the champion on the frozen test set by 5.00 points"]
+    [reason] = judgement.verdict.reasons
+    assert reason.startswith("better than the champion on the frozen test set by 5.00 points (95 % interval ")
+    assert "; 5 images now right, 0 now wrong; p = 0.062)" in reason
     assert (judgement.champion["model_id"], judgement.champion["accuracy"]) == ("m1", 0.8)
 
 
