@@ -5,7 +5,7 @@ from math import comb
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tasks.errors import NightlyError
@@ -141,6 +141,7 @@ def test_mcnemars_exact_p(now_right, now_wrong, p):
     assert mcnemar(now_right, now_wrong) == pytest.approx(p, rel=1e-3 if p < 1e-5 else 1e-12)
 
 
+@settings(deadline=None)  # the first example waits for SciPy
 @given(st.integers(0, 300), st.integers(0, 300))
 def test_mcnemars_p_is_twice_the_tail_of_fair_coins_whichever_model_is_first(right, wrong):
     p = mcnemar(right, wrong)
@@ -356,6 +357,7 @@ def two_models(draw) -> tuple[Evaluated, Evaluated]:
     )
 
 
+@settings(deadline=None)  # the first example waits for SciPy
 @given(two_models(), st.none() | st.floats(0.001, 0.999), st.floats(0, 1))
 def test_of_two_models_at_most_one_replaces_the_other_and_all_figures_are_json(models, significance, gain):
     new, old = models
@@ -373,6 +375,7 @@ def test_of_two_models_at_most_one_replaces_the_other_and_all_figures_are_json(m
         assert new.correct.sum() > old.correct.sum()
 
 
+@settings(deadline=None)  # the first example waits for SciPy
 @given(two_models())
 def test_a_model_that_predicts_the_same_is_held(models):
     new, _ = models
