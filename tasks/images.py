@@ -20,9 +20,7 @@ import contextlib
 import ctypes
 import io
 import logging
-import os
 import re
-import stat
 import struct
 import warnings
 import zlib
@@ -163,36 +161,6 @@ def decode(data: bytes, policy: DecodePolicy) -> Decoded:
         status = Status.UNSUPPORTED if _CANNOT.search(reason) else Status.TRUNCATED
     reason = " ".join(reason.encode("ascii", "backslashreplace").decode().split())[:200]
     return Decoded(status, f"{name}: {reason}" if name else reason, None, width, height)
-
-
-def read_and_decode(path: str | os.PathLike[str], policy: DecodePolicy) -> tuple[Decoded, int]:
-    """Read and decode one file; never raises, and never waits for a pipe or a device.
-
-    Returns:
-        The outcome, and the file's size in bytes (0 if unknown).
-    """
-    size = 0
-    try:
-        # Without O_NONBLOCK, opening a pipe that nobody writes to would wait for ever.
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
-        try:
-            facts = os.fstat(descriptor)
-            if not stat.S_ISREG(facts.st_mode):
-                return Decoded(Status.UNREADABLE, "not a regular file"), 0
-            size = facts.st_size
-            if size > policy.max_bytes:
-                return Decoded(Status.TOO_LARGE, f"{size} bytes, allowed: {policy.max_bytes}"), size
-            with open(descriptor, "rb", closefd=False) as file:
-                data = file.read(size) or b""
-        finally:
-            os.close(descriptor)
-    except (FileNotFoundError, NotADirectoryError):
-        return Decoded(Status.VANISHED, "the file is gone"), 0
-    except (OSError, ValueError) as error:  # ValueError: a zero byte or a lone surrogate in the name
-        return Decoded(Status.UNREADABLE, getattr(error, "strerror", None) or str(error)), size
-    except MemoryError:
-        return Decoded(Status.TOO_LARGE, f"not enough memory for {size} bytes"), size
-    return decode(data, policy), size
 
 
 def fit(pixels: np.ndarray, policy: DecodePolicy) -> np.ndarray:

@@ -1,9 +1,7 @@
 """The decode-and-resize policy: every kind of file, good or bad, gives pixels or a reason."""
 
 import io
-import os
 import resource
-import socket
 import struct
 import subprocess
 import sys
@@ -21,7 +19,7 @@ from PIL import Image
 from pydantic import ValidationError
 
 import tasks.images
-from tasks.images import DecodePolicy, Status, decode, encode_png, fit, read_and_decode
+from tasks.images import DecodePolicy, Status, decode, encode_png, fit
 from tests.hostile import (
     HEIGHT,
     WIDTH,
@@ -392,61 +390,6 @@ def test_threads_do_not_disturb_each_other():
         other = alone[index % len(alone)]
         assert (outcome.status, outcome.reason) == (other.status, other.reason)
         np.testing.assert_array_equal(outcome.pixels, other.pixels)
-
-
-def test_a_read_file_gives_what_its_bytes_give(tmp_path: Path):
-    for name, (data, status) in FILES.items():
-        (tmp_path / name).write_bytes(data)
-        outcome, size = read_and_decode(tmp_path / name, POLICY)
-        assert (outcome.status, size) == (status, len(data)), name
-    outcome, _ = read_and_decode(str(tmp_path / "grüße 🐈.jpg"), POLICY)
-    np.testing.assert_array_equal(outcome.pixels, decode(FILES["grüße 🐈.jpg"][0], POLICY).pixels)
-
-
-def test_what_is_no_file_is_unreadable_at_once(tmp_path: Path):
-    os.mkfifo(tmp_path / "pipe.jpg")
-    (tmp_path / "folder.jpg").mkdir()
-    (tmp_path / "loop.jpg").symlink_to("loop.jpg")
-    with socket.socket(socket.AF_UNIX) as server:
-        server.bind(str(tmp_path / "socket.jpg"))
-        paths = [*tmp_path.iterdir(), Path("/dev/zero"), tmp_path / ("n" * 300), "with\0zero.jpg"]
-        before = len(os.listdir("/dev/fd"))
-        for path in paths:
-            outcome, size = read_and_decode(path, POLICY)
-            assert (outcome.status, size) == (Status.UNREADABLE, 0), path
-            assert outcome.reason
-        assert len(os.listdir("/dev/fd")) == before
-
-
-def test_what_is_gone_has_vanished(tmp_path: Path):
-    (tmp_path / "dangling.jpg").symlink_to("nowhere.jpg")
-    (tmp_path / "file").write_bytes(b"x")
-    for name in ("missing.jpg", "dangling.jpg", "file/inside.jpg"):
-        assert read_and_decode(tmp_path / name, POLICY)[0].status == Status.VANISHED
-
-
-def test_a_link_to_a_file_is_that_file(tmp_path: Path):
-    (tmp_path / "real.png").write_bytes(FILES["rgb.png"][0])
-    (tmp_path / "link.png").symlink_to("real.png")
-    assert read_and_decode(tmp_path / "link.png", POLICY)[0].status == Status.OK
-
-
-@pytest.mark.parametrize("error", [PermissionError(13, "Permission denied"), OSError(5, "Input/output error")])
-def test_no_permission_and_disk_errors_are_unreadable(monkeypatch, tmp_path: Path, error: OSError):
-    monkeypatch.setattr(
-        os, "open", failing(error)
-    )  # root may read everything, so the file's own mode would prove nothing
-    outcome, _ = read_and_decode(tmp_path / "secret.jpg", POLICY)
-    assert (outcome.status, outcome.reason) == (Status.UNREADABLE, error.strerror)
-
-
-def test_a_file_of_too_many_bytes_is_not_read(tmp_path: Path):
-    path = tmp_path / "sparse.png"
-    path.write_bytes(FILES["rgb.png"][0])
-    os.truncate(path, 2**40)
-    outcome, size = read_and_decode(path, POLICY)
-    assert (outcome.status, size) == (Status.TOO_LARGE, 2**40)
-    assert str(POLICY.max_bytes) in outcome.reason
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,7 @@ import tasks.inputs
 import tasks.members
 import tasks.objects
 from tasks.errors import NightlyError
-from tasks.images import DecodePolicy, Status, decode, read_and_decode
+from tasks.images import Status
 from tasks.inputs import Fetched, Input, Listing, matcher, natural_order, open_input, read_file
 from tests.hostile import encoded, hostile_images, photo
 
@@ -184,40 +184,31 @@ def test_one_file_is_meant_even_if_it_is_hidden_or_a_pipe(tmp_path: Path) -> Non
 # Reading a file
 
 
-def test_files_are_read_as_read_and_decode_reads_them(tmp_path: Path) -> None:
-    policy = DecodePolicy(size=8, max_bytes=50_000)
-    cases = {name: data for name, (data, _) in hostile_images().items()}
-    for name, data in cases.items():
+def test_every_kind_of_file_is_read_whole(tmp_path: Path) -> None:
+    for name, (data, _) in hostile_images().items():
         (tmp_path / name).write_bytes(data)
+        assert read_file(tmp_path / name, len(data)) == Fetched(data, len(data)), name
+    (tmp_path / "link").symlink_to("rgb.png")
+    assert outcome(read_file(str(tmp_path / "link"), MEGABYTE)) == (hostile_images()["rgb.png"][0], None)
+
+
+def test_what_is_no_file_is_unreadable_at_once_and_what_is_gone_has_vanished(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
-    (tmp_path / "folder").mkdir()
+    write(tmp_path, "file", "folder/file")
     (tmp_path / "dangling").symlink_to("nowhere")
     (tmp_path / "loop").symlink_to("loop")
+    names = {
+        Status.UNREADABLE: ["pipe", "folder", "loop", "socket", "zero\0byte", "\ud800", "d" * 300, "/dev/zero"],
+        Status.VANISHED: ["missing", "dangling", "folder/missing", "file/inside", "pipe/inside"],
+    }
     with socket.socket(socket.AF_UNIX) as server:
         server.bind(str(tmp_path / "socket"))
-        specials = [
-            "pipe",
-            "folder",
-            "dangling",
-            "loop",
-            "socket",
-            "folder/x",
-            "pipe/x",
-            "zero\0byte",
-            "\ud800",
-            "d" * 300,
-        ]
-        for name in [*cases, *specials]:
-            old, size = read_and_decode(tmp_path / name, policy)
-            fetched = read_file(tmp_path / name, policy.max_bytes)
-            data, status = outcome(fetched)
-            assert fetched.size == size, name
-            if data is None:
-                assert (status, fetched.reason) == (old.status, old.reason), name
-            else:
-                new = decode(data, policy)
-                assert (new.status, new.reason) == (old.status, old.reason), name
-    assert read_file("/dev/zero", 9).status == Status.UNREADABLE
+        before = len(os.listdir("/dev/fd"))
+        for status, group in names.items():
+            for name in group:
+                fetched = read_file(os.path.join(tmp_path, name), MEGABYTE)
+                assert (*outcome(fetched), fetched.size) == (None, status, 0), name
+        assert len(os.listdir("/dev/fd")) == before
 
 
 def test_a_pipe_with_a_writer_is_not_waited_for_either(tmp_path: Path) -> None:
@@ -239,6 +230,15 @@ def test_the_limit_on_bytes_is_checked_before_reading(tmp_path: Path) -> None:
     assert read_file(write(tmp_path, "a", data=b"12") / "a", 2) == Fetched(b"12", 2)
     assert read_file(tmp_path / "a", 1).status == Status.TOO_LARGE
     assert read_file(write(tmp_path, "none", data=b"") / "none", 1) == Fetched(b"", 0)
+
+
+@pytest.mark.parametrize("error", [PermissionError(13, "Permission denied"), OSError(5, "Input/output error")])
+def test_what_cannot_be_opened_is_unreadable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: OSError) -> None:
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(os, "open", fail)
+    assert read_file(tmp_path / "a", 9) == Fetched(None, 0, Status.UNREADABLE, error.strerror)
 
 
 def test_a_disk_that_fails_is_a_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
