@@ -7,6 +7,7 @@ from zoneinfo import available_timezones
 
 from pydantic import Field, field_validator
 
+from flows.notify import Addresses
 from tasks.errors import NightlyError
 from tasks.judge import JudgeParams
 from tasks.params import Section, nearest, parse_section, read_params_file
@@ -22,6 +23,7 @@ class RetrainParams(JudgeParams):
         dvc_patience_minutes: how long to wait for another DVC command in the workspace.
         maximum_lateness_hours: a scheduled run that starts later than this is skipped, so that three nights
             without power do not become three retrainings in a row.
+        notify: whom to tell how a night ended: addresses of apprise, each alone or as ``{to: …, on: [failure]}``.
     """
 
     stage_time_limit_hours: Annotated[float, Field(gt=0)] = 12.0
@@ -30,6 +32,7 @@ class RetrainParams(JudgeParams):
     download_retry_delay_seconds: Annotated[float, Field(ge=0)] = 60.0
     dvc_patience_minutes: Annotated[float, Field(ge=0)] = 10.0
     maximum_lateness_hours: Annotated[float, Field(gt=0)] = 6.0
+    notify: Addresses = ()
 
 
 class ServeParams(Section):
