@@ -16,12 +16,13 @@ from natsort import natsort_keygen, natsorted
 from pydantic import Field, model_validator
 
 from tasks.datacard import render_data_card
+from tasks.duplicates import mark_duplicates, near_duplicates
 from tasks.errors import NightlyError, run_main
 from tasks.files import publish_directory, read_json, write_json, write_text
 from tasks.images import Decoded, DecodePolicy, Status, decode, encode_png, fit
 from tasks.params import Section, read_section
 from tasks.progress import progress
-from tasks.sources import Sample, read_archive, read_labels, read_samples
+from tasks.sources import VERIFIED, Sample, read_archive, read_labels, read_samples
 
 SPLITS = ("train", "validation", "test")
 #: Means that keras.applications' ImageNet weights for ResNet50 expect to be subtracted, RGB, from "caffe" mode.
@@ -80,24 +81,27 @@ def split_of(content_hash: str, source_split: str | None, source_has_test: bool,
     return "validation" if position < test_share + params.validation_fraction else "train"
 
 
-def mark_duplicates(manifest: pd.DataFrame) -> pd.DataFrame:
-    """Return the manifest with the status of exact copies changed to ``duplicate`` or ``label_conflict``.
+def leave_out_small_newcomers(manifest: pd.DataFrame, params: PrepareParams) -> pd.DataFrame:
+    """Return the manifest with ``class_too_small`` for images of classes that only additions have, and too few of.
 
-    Of several images with the same content one stays, in the test split if any of them is there. Where copies
-    stand in different classes none stays, since at least one label is wrong.
+    The first few images of a new class would stop every run otherwise. Test images it has none, being all additions.
     """
     manifest = manifest.copy()
-    readable = manifest[manifest.status == "ok"]
-    for _, copies in readable[readable.duplicated("content_hash", keep=False)].groupby("content_hash"):
-        if copies["class"].nunique() > 1:
-            manifest.loc[copies.index, "status"] = "label_conflict"
-            manifest.loc[copies.index, "reason"] = f"same content in {', '.join(natsorted(set(copies['class'])))}"
-            continue
-        keep = (copies.index[copies.split == "test"].tolist() or copies.index.tolist())[0]
-        others = copies.index.drop(keep)
-        manifest.loc[others, "status"] = "duplicate"
-        manifest.loc[others, "reason"] = f"same content as {manifest.name[keep]}"
+    for name in natsorted(set(manifest["class"]) - set(manifest["class"][manifest.origin == "source"])):
+        good = manifest[(manifest["class"] == name) & (manifest.status == "ok")]
+        train, validation = ((good.split == split).sum() for split in ("train", "validation"))
+        if train < params.minimum_images_per_class or validation < 1:
+            manifest.loc[good.index, "status"] = "class_too_small"
+            manifest.loc[good.index, "reason"] = (
+                f"class {name} is new and has {train} images for training and {validation} for validation so far, at "
+                f"least {params.minimum_images_per_class} and 1 are needed"
+            )
     return manifest
+
+
+def class_names(manifest: pd.DataFrame) -> list[str]:
+    """Return the classes of the source, and those that additions brought enough images of, in natural order."""
+    return natsorted(set(manifest["class"][(manifest.origin == "source") | (manifest.status == "ok")]))
 
 
 def one_hot(indices: np.ndarray, classes: int) -> np.ndarray:
@@ -139,7 +143,7 @@ def check_gates(manifest: pd.DataFrame, params: PrepareParams) -> None:
     Raises:
         NightlyError: too many unreadable images, a class too small, or classes other than expected.
     """
-    broken = manifest[~manifest.status.isin(["ok", "duplicate", "label_conflict"])]
+    broken = manifest[~manifest.status.isin(["ok", "duplicate", "label_conflict", "class_too_small"])]
     if len(broken) > params.maximum_unreadable_fraction * len(manifest):
         example = broken.iloc[0]
         first = f"{example['name']} ({example.status}: {example.reason})"
@@ -148,7 +152,8 @@ def check_gates(manifest: pd.DataFrame, params: PrepareParams) -> None:
             f"{params.maximum_unreadable_fraction:g} of them; the first is {first}"
         )
     good = manifest[manifest.status == "ok"]
-    found = natsorted(set(manifest["class"]))
+    of_source = set(manifest["class"][manifest.origin == "source"])
+    found = class_names(manifest)
     if params.expected_classes is not None and set(found) != set(params.expected_classes):
         missing = natsorted(set(params.expected_classes) - set(found))
         new = natsorted(set(found) - set(params.expected_classes))
@@ -161,35 +166,14 @@ def check_gates(manifest: pd.DataFrame, params: PrepareParams) -> None:
     counts = counts.reindex(index=found, columns=list(SPLITS), fill_value=0)
     for split, least in (("train", params.minimum_images_per_class), ("validation", 1), ("test", 1)):
         small = counts.index[counts[split] < least].tolist()
+        if split == "test":
+            small = [name for name in small if name in of_source]
         if small:
             named = ", ".join(f"{name} ({counts[split][name]})" for name in small[:10])
             raise NightlyError(
                 f"too few images for the {split} split, at least {least} a class are needed: {named}; add images, or "
                 "change prepare.minimum_images_per_class or the split's fraction"
             )
-
-
-def near_duplicates(pixels: np.ndarray, rows: np.ndarray) -> list[tuple[int, int]]:
-    """Return pairs of ``rows`` whose images look the same without being exact copies.
-
-    Two images are a pair when their 64-bit difference hashes are equal and their pixels differ by 3 of 255 on
-    average or less. Compared are neighbors within a hash, which finds chains and stays linear.
-    """
-    import cv2
-
-    by_hash: dict[bytes, int] = {}
-    pairs = []
-    for row in rows:
-        gray = cv2.cvtColor(pixels[row], cv2.COLOR_RGB2GRAY)
-        small = cv2.resize(gray, (9, 8), interpolation=cv2.INTER_AREA)
-        key = np.packbits(small[:, 1:] > small[:, :-1]).tobytes()
-        earlier = by_hash.get(key)
-        if earlier is not None:
-            difference = np.abs(pixels[row].astype(np.int16) - pixels[earlier]).mean()
-            if difference <= 3:
-                pairs.append((int(earlier), int(row)))
-        by_hash[key] = int(row)
-    return pairs
 
 
 def prepare(raw: Path, additions: Path, out: Path, card: Path, params: PrepareParams) -> PrepareSummary:
@@ -213,12 +197,12 @@ def prepare(raw: Path, additions: Path, out: Path, card: Path, params: PreparePa
         manifest = _decode_all(raw, additions, scratch, params.decode)
         if manifest.empty:
             raise NightlyError("the source holds no images: check download.source and what it points to")
-        manifest = mark_duplicates(_assign(manifest, params))
+        manifest = leave_out_small_newcomers(mark_duplicates(_assign(manifest, params)), params)
         check_gates(manifest, params)
-        classes = natsorted(set(manifest["class"]))
+        classes = class_names(manifest)
         size = params.decode.size
         pixels = np.memmap(scratch, np.uint8, "r").reshape(-1, size, size, 3)
-        good = manifest[manifest.status == "ok"].sort_values("name", key=natsort_keygen())
+        good = manifest[manifest.status == "ok"].sort_values("name", key=natsort_keygen(), kind="stable")
         counts = {}
         manifest["position"] = -1
         for split in SPLITS:
@@ -291,8 +275,9 @@ def _decode_all(raw: Path, additions: Path, scratch: Path, policy: DecodePolicy)
 
 def _origins(raw: Path, additions: Path) -> Iterator[tuple[str, Iterator[Sample]]]:
     yield "source", read_samples(raw)
-    for archive in natsorted(additions.glob("*.tar")) if additions.is_dir() else []:
-        yield archive.name, read_archive(archive)
+    # Their limits were those of the decode policy, when they were packed.
+    for archive in natsorted(additions.glob("[!.]*.tar")) if additions.is_dir() else []:
+        yield archive.name, read_archive(archive, **VERIFIED)
 
 
 def _decode(sample: Sample, policy: DecodePolicy) -> Decoded:

@@ -8,12 +8,12 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from tasks.archives import write_tar
+from tasks.duplicates import mark_duplicates, near_duplicates
 from tasks.errors import NightlyError
 from tasks.images import encode_png
 from tasks.prepare import (
     PrepareParams,
-    mark_duplicates,
-    near_duplicates,
     normalization_of,
     one_hot,
     prepare,
@@ -141,18 +141,91 @@ def test_the_test_digest_ignores_training_data(tmp_path):
     assert a["data_digest"] != b["data_digest"]
 
 
-def test_additions_are_taken_in(tmp_path):
+# Additions
+
+
+def add(additions: Path, name: str, members: dict[str, bytes]) -> Path:
+    additions.mkdir(exist_ok=True)
+    write_tar(additions / name, members.items())
+    return additions
+
+
+def some(color: str, count: int, class_name: str | None = None) -> dict[str, bytes]:
+    """Images that no source has; by default in the class of their color."""
+    return {
+        f"{class_name or color}/new{seed}.png": encode_png(colored_image(color, 1000 + seed)) for seed in range(count)
+    }
+
+
+def prepared_with(tmp_path: Path, members: dict[str, bytes], **changes) -> tuple[pd.DataFrame, Path]:
+    """Return the manifest and the folder of what the three colors and an archive of additions give."""
+    additions = add(tmp_path / "additions", "2026-01-01.tar", members)
+    run(write_source(tmp_path / "raw", colors()), additions, tmp_path / "out", PARAMS.changed(**changes))
+    return pd.read_parquet(tmp_path / "out" / "manifest.parquet"), tmp_path / "out"
+
+
+def test_additions_are_taken_in_and_leave_the_test_split_as_it_was(tmp_path):
+    manifest, out = prepared_with(tmp_path, some("red", 60))
+    added = manifest[manifest.origin == "2026-01-01.tar"]
+    assert len(added) == 60
+    assert set(added["class"]) == {"red"}
+    assert set(added.split) == {"train", "validation"}
+    run(tmp_path / "raw", tmp_path / "none", tmp_path / "without", PARAMS)
+    digests = [
+        json.loads((folder / "prepared.json").read_text())["test_digest"] for folder in (out, tmp_path / "without")
+    ]
+    assert digests[0] == digests[1]
+    before = splits(tmp_path / "without")
+    assert {name: splits(out)[name] for name in before} == before
+
+
+def test_additions_stay_out_of_the_test_split_where_the_source_brings_its_own(tmp_path):
+    members = {f"{'test' if n % 4 == 0 else 'train'}/{name}": data for n, (name, data) in enumerate(colors().items())}
+    additions = add(tmp_path / "additions", "a.tar", some("red", 60))
+    run(write_source(tmp_path / "raw", members), additions, tmp_path / "out", PARAMS)
+    manifest = pd.read_parquet(tmp_path / "out" / "manifest.parquet")
+    assert set(manifest.split[manifest.origin == "a.tar"]) == {"train", "validation"}
+
+
+def test_what_is_not_a_finished_archive_is_no_addition(tmp_path):
     additions = tmp_path / "additions"
     additions.mkdir()
-    new = {f"red/new{seed}.png": encode_png(colored_image("red", 1000 + seed)) for seed in range(30)}
-    write_source(tmp_path / "box", new)
-    (tmp_path / "box" / "images.tar").rename(additions / "2026-01-01.tar")
+    for name in (".intake.partial-17", ".hidden.tar", ".gitkeep", "a.tar.dvc"):
+        (additions / name).write_bytes(b"no tar")
     run(write_source(tmp_path / "raw", colors()), additions, tmp_path / "out", PARAMS)
-    manifest = pd.read_parquet(tmp_path / "out" / "manifest.parquet")
-    added = manifest[manifest.origin == "2026-01-01.tar"]
-    assert len(added) == 30
-    assert set(added["class"]) == {"red"}
-    assert "test" not in set(added.split)
+    assert set(pd.read_parquet(tmp_path / "out" / "manifest.parquet").origin) == {"source"}
+
+
+def test_an_addition_takes_no_image_of_the_source_away(tmp_path):
+    wrong = {f"green/{name.split('/')[1]}": data for name, data in colors().items() if name.startswith("red")}
+    manifest, out = prepared_with(tmp_path, wrong | {"blue/copy.png": colors()["blue/1.png"]})
+    added = manifest[manifest.origin != "source"].set_index("name")
+    assert added.status["blue/copy.png"] == "duplicate"
+    assert set(added.status.drop("blue/copy.png")) == {"label_conflict"}
+    assert (manifest.status[manifest.origin == "source"] == "ok").all()
+    assert (out / "test" / "images.npy").is_file()
+
+
+def test_a_new_class_waits_for_enough_images_and_then_joins_without_test_images(tmp_path):
+    manifest, out = prepared_with(tmp_path, some("red", 5, "violet"))
+    added = manifest[manifest["class"] == "violet"]
+    assert set(added.status) == {"class_too_small"}
+    assert "class violet is new and has" in added.reason.iloc[0]
+    assert json.loads((out / "classes.json").read_text()) == ["blue", "green", "red"]
+    add(tmp_path / "additions", "2026-01-02.tar", some("green", 60, "violet"))
+    run(tmp_path / "raw", tmp_path / "additions", out, PARAMS)
+    manifest = pd.read_parquet(out / "manifest.parquet")
+    added = manifest[manifest["class"] == "violet"]
+    assert set(added.status) == {"ok"}
+    assert set(added.split) == {"train", "validation"}
+    assert json.loads((out / "classes.json").read_text()) == ["blue", "green", "red", "violet"]
+    assert np.load(out / "test" / "targets.npy")[:, 3].sum() == 0
+    assert np.load(out / "train" / "targets.npy")[:, 3].sum() >= 10
+
+
+def test_a_new_class_that_is_not_expected_stops_the_stage_once_it_would_join(tmp_path):
+    with pytest.raises(NightlyError, match=r"new \['violet'\]"):
+        prepared_with(tmp_path, some("red", 60, "violet"), expected_classes=list(COLORS))
 
 
 # Normalization and one-hot
@@ -184,7 +257,7 @@ def test_the_statistics_are_those_of_the_training_split_alone(prepared):
 
 def rows(*entries):
     manifest = pd.DataFrame(entries, columns=["name", "class", "split", "content_hash"])
-    return manifest.assign(status="ok", reason="")
+    return manifest.assign(status="ok", reason="", origin="source")
 
 
 def test_of_exact_copies_one_stays():
@@ -202,6 +275,17 @@ def test_copies_with_different_labels_all_go():
     marked = mark_duplicates(rows(("a", "cat", "train", "x"), ("b", "dog", "train", "x"), ("c", "dog", "train", "x")))
     assert list(marked.status) == ["label_conflict"] * 3
     assert "cat, dog" in marked.reason[0]
+
+
+def test_the_label_of_the_source_holds_against_those_of_additions():
+    manifest = rows(("a", "cat", "test", "x"), ("b", "dog", "train", "x"), ("c", "cat", "train", "x"))
+    manifest.loc[1:, "origin"] = "a.tar"
+    marked = mark_duplicates(manifest)
+    assert list(marked.status) == ["ok", "label_conflict", "duplicate"]
+    manifest.loc[0, "origin"] = "b.tar"
+    assert list(mark_duplicates(manifest).status) == ["label_conflict"] * 3
+    manifest.loc[:1, "origin"] = "source"
+    assert list(mark_duplicates(manifest).status) == ["label_conflict"] * 3
 
 
 def test_copies_never_straddle_splits(tmp_path):
