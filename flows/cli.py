@@ -127,6 +127,11 @@ def predict(
         str | None, typer.Option(metavar="N|N%", help="Exit code 3 if more files fail, such as 20 or 2%.")
     ] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Forget an unfinished result.")] = False,
+    on: Annotated[
+        str | None, typer.Option(metavar="threads|dask|ray", help="Classify by the Prefect flow, on many machines.")
+    ] = None,
+    address: Annotated[str | None, typer.Option(help="With --on: a Dask scheduler's or Ray head's.")] = None,
+    workers: Annotated[int | None, typer.Option(help="With --on: how many on this machine.")] = None,
 ) -> None:
     """Classify images: one row for every file, whatever is wrong with some.
 
@@ -160,6 +165,17 @@ def predict(
     params = parse_section(values | given, "predict", PredictParams, Path("nightly predict"))
     if copy and sort_into is None:
         raise typer.BadParameter("--copy needs --sort-into")
+    if on is None and (address or workers):
+        raise typer.BadParameter("--address and --workers need --on")
+    if on is not None:
+        if sort_into is not None:
+            raise typer.BadParameter(
+                "--sort-into works without --on: repeat the command, which classifies nothing twice"
+            )
+        _predict_by_flow(
+            source=source, out=out, model=model, on=on, address=address, workers=workers, options=given, fresh=fresh
+        )
+        return
     failed = None
     try:
         summary = classify(
@@ -316,6 +332,21 @@ def _print_pairs(console: "Console", pairs: dict[str, str]) -> None:
     for label, value in pairs.items():
         # Not wrapped: paths are there to be copied.
         console.print(Text.assemble((f"{label:<13}", "bold"), value), soft_wrap=True)
+
+
+def _predict_by_flow(source: str, out: str | None, model: Path | None, **chosen: object) -> None:
+    from flows.console import calm_terminal
+    from tasks.predict import locate
+
+    calm_terminal(who_tells="command")
+
+    from flows import predict as flows_predict
+
+    _announce_server()
+    # A flow's folders are the workspace's, not those where the command was typed.
+    place = out if out is None or "://" in out else str(Path(out).absolute())
+    done = flows_predict.predict(source=locate(source), out=place, model=model.absolute() if model else None, **chosen)
+    _print_pairs(_console(), {"files": done.note, "predictions": done.table or ""})
 
 
 def _print_prediction(summary: "PredictSummary", shown: "Callable[[Path], str]") -> None:

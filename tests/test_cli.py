@@ -90,10 +90,11 @@ def test_help_lists_every_command_and_loads_nothing_heavy():
         (["predcit"], "No such command 'predcit'"),
         (["predict"], "Missing argument 'SOURCE'; see 'nightly predict --help'"),
         (["predict", "x", "--topk", "3"], "No such option: --topk"),
+        (["predict", "x", "--workers", "2"], "Invalid value: --address and --workers need --on"),
         (["history", "--limit", "many"], "Invalid value for '--limit'"),
     ],
 )
-def test_a_slip_of_the_keyboard_is_one_line(nightly, arguments, message):
+def test_a_slip_of_the_keyboard_is_one_line(nightly, workspace, arguments, message):
     assert failed(nightly(*arguments), code=2).startswith(message)
 
 

@@ -284,6 +284,6 @@ def test_a_site_that_stalls_is_not_waited_for_all_night(published, monkeypatch):
         server.routes["/resnet101_weights_tf_dim_ordering_tf_kernels_notop.h5"] = Route(b"x" * 9999, stall_after=99)
         monkeypatch.setattr(weights, "IMAGENET_URL", server.url("/{file}"))
         monkeypatch.setattr(weights, "STALLED_SECONDS", 0.2)
-        with pytest.raises(NightlyError, match="cannot be fetched .*timed out"):
+        with pytest.raises(NightlyError, match=r"cannot be fetched .*timed out"):
             find_weights("resnet101", "imagenet")
     assert socket.getdefaulttimeout() is None
