@@ -1,8 +1,14 @@
 """Classify a folder as a Prefect flow; the retraining flow ends with the same task."""
 
+import contextlib
+import json
 import sys
+import tempfile
 from datetime import datetime
+from functools import partial
+from glob import has_magic
 from pathlib import Path
+from typing import Any, Literal
 
 from prefect import flow, get_run_logger, task
 from prefect.cache_policies import NO_CACHE
@@ -13,8 +19,10 @@ from flows.console import shorten_expected_errors
 from flows.summary import Predictions
 from flows.workspace import Workspace, find_workspace
 from tasks.errors import NightlyError
-from tasks.files import read_json
+from tasks.files import write_json
+from tasks.params import parse_section, read_params_file
 from tasks.registry import champion_id, champion_path
+from tasks.store import LocalStore, is_remote, open_store
 
 shorten_expected_errors()
 
@@ -24,19 +32,43 @@ def run_id() -> str:
     return f"{datetime.now():%Y%m%d-%H%M%S}"
 
 
+def choose_out(predictions: Path, source: str) -> Path:
+    """Return where to put the result: in the newest unfinished one of the same source, else in a new folder.
+
+    Whether it is one of the same model and options, the prediction itself makes sure of.
+    """
+    from tasks.plan import read_plan, unfinished
+    from tasks.predict import locate
+
+    for folder in sorted(predictions.glob(".*.unfinished"), reverse=True):
+        out = predictions / folder.name.removeprefix(".").removesuffix(".unfinished")
+        plan = read_plan(unfinished(str(out)))
+        if plan is not None and plan.identity["source"] == locate(source):
+            return out
+    return predictions / run_id()
+
+
 @task(name="predict", task_run_name="predict", cache_policy=NO_CACHE, persist_result=False)
 def classify(
-    workspace: Workspace, run: str, source: Path, model: Path | None = None, limit_hours: float | None = None
+    workspace: Workspace,
+    run: str,
+    source: Path | str,
+    model: Path | None = None,
+    limit_hours: float | None = None,
+    *,
+    out: str | None = None,
+    params: Path | None = None,
 ) -> Predictions:
     """Classify ``source`` in a process of its own, so that its memory is given back.
 
     Args:
         model: a bundle's directory; None takes the model in service.
+        out: a directory or an fsspec address; None takes data/predictions/<run>.
+        params: a file with a section ``predict``; None takes params.yaml.
     """
-    out = workspace.predictions / run
-    shown = workspace.shown(source)
-    command = [sys.executable, "-m", "tasks.predict", str(source), "--out", str(out)]
-    command += ["--model", str(model or champion_path(workspace.models)), "--params", str(workspace.params)]
+    out = out or str(workspace.predictions / run)
+    command = [sys.executable, "-m", "tasks.predict", str(source), "--out", out]
+    command += ["--model", str(model or champion_path(workspace.models)), "--params", str(params or workspace.params)]
     child.run(
         command,
         name="predict",
@@ -45,11 +77,18 @@ def classify(
         emit=get_run_logger().info,
         limit_seconds=limit_hours * 3600 if limit_hours else None,
     )
-    facts = read_json(out / "summary.json")
+    return outcome(workspace, str(source), out)
+
+
+def outcome(workspace: Workspace, source: str, out: str) -> Predictions:
+    """Return what the summary of a complete result says."""
+    facts = json.loads(open_store(out).read("summary.json") or b"")
     good = facts["statuses"].get("ok", 0)
+    shown = source if is_remote(source) else workspace.shown(Path(source))
+    table = f"{out.rstrip('/')}/predictions.parquet"
     return Predictions(
         note=f"{good:,} of {facts['files']:,} files in {shown} classified with {facts['engine']}",
-        table=workspace.shown(out / "predictions.parquet"),
+        table=table if is_remote(out) else workspace.shown(Path(table)),
         facts=facts,
     )
 
@@ -67,20 +106,98 @@ def obstacle(workspace: Workspace, source: Path, chosen: bool) -> str | None:
     Args:
         chosen: somebody asked for this very folder, so that its absence is an error and no reason to skip.
     """
-    from tasks.predict import find_files
-
     if champion_id(workspace.models) is None:
         return "no model is in service yet"
-    if not chosen and not (source.is_dir() and find_files(source)[0]):
+    if not chosen and not (source.is_dir() and holds_images(source)):
         return f"{workspace.shown(source)} holds no images"
     return None
 
 
+def holds_images(folder: Path) -> bool:
+    """Tell whether there is anything to classify in a folder."""
+    from tasks.inputs import open_input
+
+    # A folder needs no room of its own.
+    with contextlib.closing(open_input(str(folder), Path(tempfile.gettempdir()))) as files:
+        return bool(files.find().paths)
+
+
 @flow(name="predict", flow_run_name=lambda: f"predict {datetime.now():%Y-%m-%d %H:%M:%S}", persist_result=False)
-def predict(source: Path | None = None, model: Path | None = None) -> Predictions:
-    """Classify a folder of images (data/incoming unless another is given) with the model in service."""
-    workspace = find_workspace()
-    folder = workspace.root / (source or workspace.incoming)
-    if not folder.exists():
-        raise NightlyError(f"there is nothing at '{folder}': give a folder of images")
-    return classify(workspace, run_id(), folder, model)
+def predict(
+    source: Path | str | None = None,
+    out: str | None = None,
+    model: Path | None = None,
+    on: Literal["process", "threads", "dask", "ray"] = "process",
+    address: str | None = None,
+    workers: int | None = None,
+    options: dict[str, Any] | None = None,
+    fresh: bool = False,
+) -> Predictions:
+    """Classify images, on one machine or on many; the same call goes on with what an earlier one left undone.
+
+    On several machines, source, out and model must be the same files on each: on shared storage or at an address
+    such as s3://bucket/prefix, and PREFECT_API_URL must name a server that all of them reach.
+
+    Args:
+        source: a folder, searched recursively; an image; a pattern; a .txt of paths; a tar or zip archive; or an
+            address. data/incoming unless another is given.
+        out: a folder or an address for the result; one in data/predictions unless another is given.
+        model: a model's folder; the model in service unless another is given.
+        on: where the images are classified: in a process of its own, on threads of this one, on Dask or on Ray.
+        address: a Dask scheduler's or Ray head's; without one, processes of this machine.
+        workers: of this machine, how many threads or processes.
+        options: what is to differ from the section 'predict' of params.yaml.
+        fresh: forget an unfinished result.
+    """
+    workspace, run = find_workspace(), run_id()
+    place = str(source or workspace.incoming)
+    if place == "-":
+        raise NightlyError("source '-' is for the command line: give a flow a text file of paths")
+    if not is_remote(place):
+        place = str(workspace.root / place)
+        if not Path(place).exists() and not has_magic(place):
+            raise NightlyError(f"there is nothing at '{place}': give a folder of images, or another kind of source")
+    if out is None:
+        out = str(choose_out(workspace.predictions, place))
+    elif not is_remote(out):
+        out = str(workspace.root / out)
+    model = workspace.root / model if model else champion_path(workspace.models)
+    if on == "process":
+        if address or workers:
+            raise NightlyError("'address' and 'workers' are for on='threads', 'dask' or 'ray', but on is 'process'")
+        if fresh:
+            forget(out)
+        return classify(workspace, run, place, model, out=out, params=with_options(workspace, run, options))
+
+    from flows import runners
+    from tasks.outcome import PredictParams
+    from tasks.predict import predict as classify_all
+
+    runners.require(on, address, workers)
+    values = read_params_file(workspace.params).get("predict") or {}
+    params = parse_section(values | (options or {}), "predict", PredictParams, workspace.params)
+    compute = partial(runners.run_shards, on, address, workers)
+    summary = classify_all(place, out, model, params, fresh=fresh, compute=compute)
+    done = outcome(workspace, place, out)
+    for line in (done.note, *(summary.drift or {}).get("sentences", [])):
+        get_run_logger().info(line)
+    return done
+
+
+def with_options(workspace: Workspace, run: str, options: dict[str, Any] | None) -> Path:
+    """Return a parameter file whose section ``predict`` has ``options`` in place of its own."""
+    if not options:
+        return workspace.params
+    changed = workspace.state / "logs" / run / "params.yaml"
+    section = (read_params_file(workspace.params).get("predict") or {}) | options
+    write_json(changed, {"predict": section})  # which is YAML, too
+    return changed
+
+
+def forget(out: str) -> None:
+    """Remove an unfinished result, unless another process is at work on it."""
+    from tasks.plan import unfinished
+
+    store = unfinished(out)
+    with store.locked() if isinstance(store, LocalStore) else contextlib.nullcontext():
+        store.clear()

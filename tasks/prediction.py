@@ -1,23 +1,30 @@
 """A planned prediction: made once, then any of its shards can be computed, here or by another process."""
 
 import contextlib
+import functools
+import hashlib
 import signal
+import tempfile
+import threading
 import time
+import weakref
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+
+import numpy as np
 
 from tasks import plan
 from tasks.bundle import Bundle, load_bundle
 from tasks.choice import choose_engine
-from tasks.engines import open_engine
+from tasks.engines import REFERENCE, Engine, open_engine
 from tasks.errors import Interrupted, NightlyError
-from tasks.inputs import Input
+from tasks.inputs import Input, open_input
 from tasks.outcome import PredictParams
-from tasks.plan import Plan
+from tasks.plan import PARTS, Plan, part_name, shard_length
 from tasks.rows import Answering, write_parts
 from tasks.signals import stop_requests
-from tasks.store import Store
+from tasks.store import Store, open_store
 
 
 @dataclass(frozen=True)
@@ -89,7 +96,8 @@ def plan_prediction(
             reasons = {"hidden or side files": listing.side_files, "left out by include and exclude": listing.excluded}
             left_out = ", ".join(f"{count} {reason}" for reason, count in reasons.items() if count)
             raise NightlyError(f"'{source}' holds no images" + (f" ({left_out})" if left_out else ""))
-        found = plan.write_plan(store, identity, listing, params.shard_files)
+        found = None if fresh else plan.adopt(store, out, identity, listing)
+        found = found or plan.write_plan(store, identity, listing, params.shard_files)
     elif plan.digest(listing) != found.listing:
         changed = plan.changed_files(store, listing)
     return Prediction(source, model, params, engine, why, store, found, bundle, answering), changed
@@ -120,3 +128,112 @@ def run_shards(prediction: Prediction, shards: list[int], files: Input, advance:
                         "first shard that is not whole"
                     )
     return first
+
+
+@dataclass(frozen=True)
+class Order:
+    """All that another process needs to compute shards of a planned prediction, on a machine with the same files.
+
+    Attributes:
+        store: where the plan is and the parts go, a path or an fsspec address.
+        model: the bundle's directory.
+        plan: SHA-256 of the plan, which says the rest.
+    """
+
+    source: str
+    store: str
+    model: str
+    batch_size: int | None
+    plan: str
+
+
+@dataclass(frozen=True)
+class _Loaded:
+    """What a process loads once for an order and all its threads share."""
+
+    store: Store
+    plan: Plan
+    bundle: Bundle
+    files: Input
+    engine: Engine
+    answering: Answering
+    #: OpenVINO computes for several threads at once; Keras's predict functions are not made for that.
+    turn: threading.Lock = field(default_factory=threading.Lock)
+
+
+_loading = threading.Lock()
+
+
+def make_order(prediction: Prediction) -> Order:
+    """Return what ``classify_shard`` needs to know of a prediction."""
+    return Order(
+        source=prediction.source,
+        store=prediction.store.location,
+        model=str(prediction.model.absolute()),
+        batch_size=prediction.params.batch_size,
+        plan=_digest(prediction.plan),
+    )
+
+
+def classify_shard(order: Order, shard: int) -> int:
+    """Classify a shard's files in this process and write its part, unless it is there; return how many they are.
+
+    Raises:
+        NightlyError: this process does not see the plan or the model that the order was made for.
+    """
+    with _loading:
+        loaded = _load(order)
+    if loaded.store.exists(f"{PARTS}/{part_name(shard)}"):
+        return shard_length(loaded.plan, shard)
+    rows = write_parts(
+        loaded.store, loaded.plan, [shard], loaded.files, loaded.bundle.decode, loaded.engine, loaded.answering
+    )
+    with loaded.turn if loaded.engine.name == REFERENCE else contextlib.nullcontext():
+        return sum(1 for _ in rows)
+
+
+def unload() -> None:
+    """Give back what ``classify_shard`` keeps in memory."""
+    with _loading:
+        _load.cache_clear()
+
+
+@functools.lru_cache(maxsize=1)
+def _load(order: Order) -> _Loaded:
+    store, bundle = open_store(order.store), load_bundle(Path(order.model))
+    found = plan.read_plan(store)
+    if found is None or _digest(found) != order.plan:
+        raise NightlyError(
+            f"{order.store} holds {'another' if found else 'no'} plan: all workers must see the same files"
+        )
+    if bundle.id != found.identity["model"]:
+        raise NightlyError(
+            f"{order.model} holds model {bundle.id}, but the plan was made for {found.identity['model']}"
+        )
+    engine = open_engine(bundle, found.identity["engine"], batch_size=order.batch_size)
+    # Two threads that bring OpenVINO their first arrays at the same moment wait for each other for ever.
+    engine.probabilities(np.zeros((1, bundle.decode.size, bundle.decode.size, 3), np.uint8))
+    with contextlib.ExitStack() as stack:
+        scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="nightly-")))
+        files = stack.enter_context(contextlib.closing(open_input(order.source, scratch)))
+        loaded = _Loaded(
+            store=store,
+            plan=found,
+            bundle=bundle,
+            files=files,
+            engine=engine,
+            answering=Answering(
+                classes=bundle.classes,
+                model_id=bundle.id,
+                temperature=found.identity["temperature"],
+                threshold=found.identity["threshold"],
+                top_k=found.identity["top-k"],
+            ),
+        )
+        # Not before the last thread that uses it is done, and at the latest when the process ends.
+        weakref.finalize(loaded, stack.pop_all().close)
+    return loaded
+
+
+def _digest(found: Plan) -> str:
+    return hashlib.sha256(found.model_dump_json().encode()).hexdigest()

@@ -15,6 +15,9 @@ from filelock import FileLock, Timeout
 from tasks.errors import NightlyError
 from tasks.files import replace_directory, tidy_up
 
+#: What a result consists of; anything else below an address is somebody's and stays.
+OWN = {"plan", "predictions.parquet", "predictions.csv", "predictions.jsonl", "report.html", "summary.json"}
+
 
 class Store(abc.ABC):
     """A folder of named files; names have ``/`` between their parts.
@@ -46,7 +49,7 @@ class Store(abc.ABC):
 
     @abc.abstractmethod
     def clear(self) -> None:
-        """Remove all files."""
+        """Remove the result that is there, whole or not."""
 
     def write(self, name: str, data: bytes) -> None:
         """Write a file, all of it or nothing."""
@@ -126,7 +129,8 @@ class RemoteStore(Store):
 
     def __init__(self, address: str) -> None:
         self.location = address
-        self._files, self._root = open_remote(address)
+        # Others write here, too: what a listing said a moment ago is no answer.
+        self._files, self._root = open_remote(address, use_listings_cache=False)
 
     def read(self, name: str) -> bytes | None:
         try:
@@ -135,11 +139,9 @@ class RemoteStore(Store):
             return None
 
     def exists(self, name: str) -> bool:
-        self._files.invalidate_cache()
         return self._files.exists(self._at(name))
 
     def names(self, folder: str) -> set[str]:
-        self._files.invalidate_cache()
         with contextlib.suppress(FileNotFoundError):
             return {path.rsplit("/", 1)[-1] for path in self._files.ls(self._at(folder), detail=False)}
         return set()
@@ -147,21 +149,26 @@ class RemoteStore(Store):
     @contextlib.contextmanager
     def writing(self, name: str) -> Iterator[BinaryIO]:
         # Sent when it is whole: what closes an fsspec file in an error, or forgets it, sends what it has.
-        with tempfile.NamedTemporaryFile() as file:
+        # The suffix lets S3 know what browsers should take it for.
+        with tempfile.NamedTemporaryFile(suffix=Path(name).suffix) as file:
             yield file
             file.flush()
             self._files.put_file(file.name, self._at(name))
 
     def clear(self) -> None:
-        with contextlib.suppress(FileNotFoundError):
-            self._files.rm(self._root, recursive=True)
+        for name in OWN:
+            with contextlib.suppress(FileNotFoundError):
+                self._files.rm(self._at(name), recursive=True)
 
     def _at(self, name: str) -> str:
         return f"{self._root}/{name}"
 
 
-def open_remote(address: str) -> tuple:
+def open_remote(address: str, **options: bool) -> tuple:
     """Return fsspec's file system for an address such as ``s3://bucket/prefix``, and the path within it.
+
+    Args:
+        options: of the file system.
 
     Raises:
         NightlyError: its protocol is unknown, or the package that speaks it is not installed.
@@ -169,7 +176,7 @@ def open_remote(address: str) -> tuple:
     import fsspec
 
     try:
-        files, root = fsspec.url_to_fs(address)
+        files, root = fsspec.url_to_fs(address, **options)
     except (ValueError, ImportError) as error:
         extra = "; install resnet-nightly[s3]" if address.startswith(("s3:", "s3a:")) else ""
         raise NightlyError(f"'{address}' cannot be opened: {' '.join(str(error).split())}{extra}") from None
