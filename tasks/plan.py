@@ -88,6 +88,7 @@ def write_plan(store: Store, identity: dict[str, Any], listing: Listing, shard_f
             if count
         },
     )
+    store.clear()  # parts whose plan a killed process removed, or had not written yet, are of who knows what
     # A row group for each shard, so that whoever computes one reads no more.
     with store.writing(FILES) as file, pq.ParquetWriter(file, _FILES_SCHEMA) as table:
         for start in range(0, len(listing.paths), shard_files):
@@ -124,6 +125,7 @@ def adopt(store: Store, out: str, identity: dict[str, Any], listing: Listing) ->
         return None
     if missing_shards(result, found):
         return None
+    store.clear()
     # The plan comes last, since it vouches for the rest.
     for name in (*(f"{PARTS}/{part_name(shard)}" for shard in range(found.shards)), FILES, PLAN):
         with (result.folder / name).open("rb") as old, store.writing(name) as new:
