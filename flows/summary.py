@@ -1,13 +1,20 @@
 """One night in words and figures: markdown for Prefect's UI, a few lines for the terminal."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 from flows.champion import Judgement
+from flows.configure import Change
+from flows.notify import State
+from flows.stages import Outcome
 from tasks.judge import LEVEL, Metrics, chance_words, images_words
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+    from flows.publish import Published
+    from tasks.inbox import Intake
 
 #: Key in metrics.json, label, and whether it is a share that reads best in percent.
 FIGURES = (
@@ -38,20 +45,72 @@ class Predictions:
 
 
 @dataclass(frozen=True)
+class Changes:
+    """What is otherwise tonight than it was for the champion that the challenger met.
+
+    Attributes:
+        data: sentences about the images.
+        classes: of each class whose number of images differs, the name, the champion's number and tonight's; None
+            where there is no such class. The largest differences stand first.
+        parameters: those that differ, the champion's value first.
+    """
+
+    data: list[str]
+    classes: list[tuple[str, int | None, int | None]]
+    parameters: list[Change]
+
+
+@dataclass
 class Night:
-    """All that one retraining did. Paths are relative to the workspace."""
+    """All that is known of one retraining, filled in while it goes on. Paths are relative to the workspace.
+
+    Attributes:
+        judgement: None until there is one, as all that a night may end before.
+        champion: id of the model in service, at the end.
+        stopped: how it ended if not with a verdict, and ``reason`` why, in one line.
+        next_run: None if none is planned.
+        changes: see ``flows.night.changes``.
+        page: the HTML page about it.
+    """
 
     run: str
-    judgement: Judgement
-    champion: str | None
-    stages: list[StageRun]
-    predictions: Predictions
-    report: str
-    logs: str
-    seconds: float
+    judgement: Judgement | None = None
+    champion: str | None = None
+    stages: list[StageRun] = field(default_factory=list)
+    predictions: Predictions | None = None
+    report: str = ""
+    logs: str = ""
+    seconds: float = 0.0
+    started: datetime = field(default_factory=lambda: datetime.now().astimezone())
+    stopped: State | None = None
+    reason: str = ""
+    intake: "Intake | None" = None
+    published: "Published | None" = None
+    next_run: datetime | None = None
+    changes: Changes | None = None
+    page: str = ""
+
+    @property
+    def state(self) -> State:
+        """How it ended; a night that neither built anything nor found another model is ``unchanged``."""
+        if self.stopped or self.judgement is None:
+            return self.stopped or "interrupted"
+        if self.judgement.verdict.action == "promote":
+            return "promoted"
+        met = self.judgement.champion
+        same = met is not None and met["model_id"] == self.judgement.challenger["model_id"]
+        return "unchanged" if same or not self.built else "held"
+
+    @property
+    def built(self) -> bool:
+        """Whether any stage had something to do, be it only to take its outputs out of DVC's run cache."""
+        return any(stage.message != Outcome.unchanged for stage in self.stages)
 
     @property
     def headline(self) -> str:
+        """How it ended and why, in one line."""
+        if self.stopped or self.judgement is None:
+            return f"{self.state}: {self.reason}"
         verdict = self.judgement.verdict
         word = "promoted" if verdict.action == "promote" else "held"
         return f"{word}: {'; '.join(verdict.reasons)}"
@@ -65,6 +124,11 @@ def duration(seconds: float) -> str:
     return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
 
 
+def moment(time: datetime) -> str:
+    """Return a time with its day and zone the way people write it."""
+    return f"{time:%A}, {time.day} {time:%B %Y, %H:%M %Z}"
+
+
 def figure(metrics: Metrics | None, key: str, percent: bool) -> str:
     """Return one metric as text; a dash where it is missing."""
     value = metrics.get(key) if metrics else None
@@ -75,11 +139,36 @@ def figure(metrics: Metrics | None, key: str, percent: bool) -> str:
 
 def markdown(night: Night) -> str:
     """Return the night as a markdown page."""
-    challenger, champion = night.judgement.challenger, night.judgement.champion
     lines = [
         f"# {night.headline[0].upper()}{night.headline[1:]}",
         "",
         f"Run {night.run}, {duration(night.seconds)}. In service: {_code(night.champion)}.",
+    ]
+    if night.judgement:
+        lines += _figures(night.judgement)
+    lines += _told(night)
+    if night.stages:
+        lines += ["", "| stage | state | time | |", "| --- | --- | ---: | --- |"]
+        for stage in night.stages:
+            lines.append(f"| {stage.name} | {stage.state} | {duration(stage.seconds)} | {_cell(stage.message)} |")
+    if night.predictions:
+        lines += ["", f"Predictions: {night.predictions.note}.", *_drift(night.predictions), ""]
+        if night.predictions.facts:
+            lines += ["| status | files |", "| --- | ---: |"]
+            lines += [
+                f"| {_cell(status)} | {count:,} |" for status, count in night.predictions.facts["statuses"].items()
+            ]
+            lines += ["", "| label | files |", "| --- | ---: |"]
+            lines += [f"| {_cell(name)} | {count:,} |" for name, count in night.predictions.facts["labels"].items()]
+    table = night.predictions.table if night.predictions else None
+    places = {"page of the night": night.page, "table": table, "report": night.report, "logs": night.logs}
+    lines += ["", *(f"- {label}: `{place}`" for label, place in places.items() if place)]
+    return "\n".join(lines) + "\n"
+
+
+def _figures(judgement: Judgement) -> list[str]:
+    challenger, champion = judgement.challenger, judgement.champion
+    lines = [
         "",
         f"| on {challenger.get('test_images', '?')} test images | challenger | champion until now |",
         "| --- | ---: | ---: |",
@@ -87,21 +176,28 @@ def markdown(night: Night) -> str:
     ]
     for key, label, percent in FIGURES:
         lines.append(f"| {label} | {figure(challenger, key, percent)} | {figure(champion, key, percent)} |")
-    lines += _judged(night.judgement.verdict.comparison)
-    lines += ["", "| stage | state | time | |", "| --- | --- | ---: | --- |"]
-    for stage in night.stages:
-        lines.append(f"| {stage.name} | {stage.state} | {duration(stage.seconds)} | {_cell(stage.message)} |")
-    lines += ["", f"Predictions: {night.predictions.note}.", ""]
-    if night.predictions.facts:
-        lines += ["| status | files |", "| --- | ---: |"]
-        lines += [f"| {_cell(status)} | {count:,} |" for status, count in night.predictions.facts["statuses"].items()]
-        lines += ["", "| label | files |", "| --- | ---: |"]
-        lines += [f"| {_cell(name)} | {count:,} |" for name, count in night.predictions.facts["labels"].items()]
-        lines += [""]
-    if night.predictions.table:
-        lines.append(f"- table: `{night.predictions.table}`")
-    lines += [f"- report: `{night.report}`", f"- logs: `{night.logs}`"]
-    return "\n".join(lines) + "\n"
+    return lines + _judged(judgement.verdict.comparison)
+
+
+def _told(night: Night) -> list[str]:
+    """Return what came in, what changed, what was published and when the next run is, a paragraph each."""
+    told = [("Inbox", " ".join(night.intake.sentences()))] if night.intake else []
+    if night.changes:
+        changes = [
+            f"{change.key} {change.before or 'default'} → {change.after or 'default'}"
+            for change in night.changes.parameters
+        ]
+        told += [("Data", " ".join(night.changes.data)), ("Parameters", "; ".join(changes) or "the champion's")]
+    if night.published:
+        told.append(("Published", "; ".join([night.published.sentence, *night.published.notes])))
+    if night.next_run:
+        told.append(("Next run", moment(night.next_run)))
+    return [line for label, words in told for line in ("", f"{label}: {' '.join(words.split())}")]
+
+
+def _drift(predictions: Predictions) -> list[str]:
+    sentences = ((predictions.facts or {}).get("drift") or {}).get("sentences", [])
+    return ["", *(f"- {sentence}" for sentence in sentences)] if sentences else []
 
 
 def _judged(comparison: dict[str, Any] | None) -> list[str]:
@@ -137,18 +233,17 @@ def print_night(night: Night, console: "Console") -> None:
     """Print what a person wants to know in the morning."""
     from rich.text import Text
 
-    challenger, champion = night.judgement.challenger, night.judgement.champion
-    promoted = night.judgement.verdict.action == "promote"
-    accuracy = f"{figure(challenger, 'accuracy', True)} on {challenger.get('test_images', '?')} test images"
-    if champion and champion["model_id"] != challenger["model_id"]:
-        accuracy += f", the champion's was {figure(champion, 'accuracy', True)}"
-    rows = [
-        ("verdict", Text(night.headline, style="green" if promoted else "yellow")),
-        ("accuracy", Text(accuracy)),
-        ("in service", Text(night.champion or "no model yet")),
-        ("predictions", Text(night.predictions.table or night.predictions.note)),
-        ("report", Text(night.report)),
-    ]
+    rows = [("verdict", Text(night.headline, style="green" if night.state == "promoted" else "yellow"))]
+    if night.judgement:
+        challenger, champion = night.judgement.challenger, night.judgement.champion
+        accuracy = f"{figure(challenger, 'accuracy', True)} on {challenger.get('test_images', '?')} test images"
+        if champion and champion["model_id"] != challenger["model_id"]:
+            accuracy += f", the champion's was {figure(champion, 'accuracy', True)}"
+        rows.append(("accuracy", Text(accuracy)))
+    rows.append(("in service", Text(night.champion or "no model yet")))
+    if night.predictions:
+        rows.append(("predictions", Text(night.predictions.table or night.predictions.note)))
+    rows += [(label, Text(place)) for label, place in (("report", night.report), ("page", night.page)) if place]
     console.print()
     for label, text in rows:
         # Not wrapped: paths are there to be copied.
