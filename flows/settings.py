@@ -2,7 +2,7 @@
 
 import difflib
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 from zoneinfo import available_timezones
 
 from pydantic import Field, field_validator
@@ -23,6 +23,10 @@ class RetrainParams(JudgeParams):
         dvc_patience_minutes: how long to wait for another DVC command in the workspace.
         maximum_lateness_hours: a scheduled run that starts later than this is skipped, so that three nights
             without power do not become three retrainings in a row.
+        publish: what a night makes known: "commit" sends data to DVC's remote and commits our files to the branch that
+            is checked out, "push" pushes that commit as well.
+        keep: how many registered models stay on this machine, besides the one in service and the one before it; older
+            ones are fetched from DVC's cache or remote when they are wanted. None: all.
         notify: whom to tell how a night ended: addresses of apprise, each alone or as ``{to: …, on: [failure]}``.
     """
 
@@ -32,6 +36,8 @@ class RetrainParams(JudgeParams):
     download_retry_delay_seconds: Annotated[float, Field(ge=0)] = 60.0
     dvc_patience_minutes: Annotated[float, Field(ge=0)] = 10.0
     maximum_lateness_hours: Annotated[float, Field(gt=0)] = 6.0
+    publish: Literal["none", "commit", "push"] = "none"
+    keep: Annotated[int, Field(ge=1)] | None = None
     notify: Addresses = ()
 
 
