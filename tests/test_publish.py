@@ -505,6 +505,7 @@ KILLED = """
     storage.push = counted(lambda root, **options: [])
     git.Repository._run = counted(git.Repository._run)
     child.run = counted(child.run)
+    Path.unlink = counted(Path.unlink)
     workspace = Workspace(Path(sys.argv[1]))
     print(publish(workspace, "push", "nightly", log=workspace.state / "log", emit=print).sentence)
 """
@@ -546,6 +547,37 @@ def test_killed_between_any_two_steps_it_is_done_once_by_the_next_call(upstream,
         if killed.returncode == 0:
             break
     assert 20 < steps < 199
+
+
+@pytest.mark.parametrize("upstream_moved", [False, True])
+def test_a_night_after_a_kill_finds_nothing_staged_by_its_predecessor(
+    workspace, colleague, upstream, monkeypatch, upstream_moved
+):
+    if upstream_moved:
+        write(colleague, {"code.py": "moved\n", "models/ledger.jsonl": line("zzz", 0)})
+        git(colleague, "add", ".")
+        git(colleague, "commit", "-qm", "moved")
+        git(colleague, "push", "-q")
+    night(workspace, "aaa", 1)
+    calls = []
+
+    def stop(self, branch, old, new):
+        calls.append(new)
+        if len(calls) == 1 + upstream_moved:  # once for the commit, once to follow the upstream branch
+            raise KeyboardInterrupt
+        return real(self, branch, old, new)
+
+    real = publishing.Repository.move_branch
+    with monkeypatch.context() as patch:
+        patch.setattr(publishing.Repository, "move_branch", stop)
+        with pytest.raises(KeyboardInterrupt):
+            run(workspace)
+    night(workspace, "bbb", 2)
+    published = run(workspace)
+    assert (published.state, published.notes) == ("done", [])
+    assert git(workspace.root, "status", "--porcelain") == ""
+    assert git(workspace.root, "rev-parse", "HEAD") == git(upstream, "rev-parse", "main")
+    assert ledger_of(upstream, "main") == ["zzz"] * upstream_moved + ["aaa", "bbb"]
 
 
 # --- the ledger
