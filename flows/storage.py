@@ -49,7 +49,8 @@ def push(
     """
     lines = _run(root, "push", log=log, emit=emit, limit_seconds=limit_seconds, patience_seconds=patience_seconds)
     lost = any(line.startswith(_LOST) for line in lines)
-    return [f"data that git will name is neither in DVC's cache nor in the remote (log: {log})"] if lost else []
+    shown = log.relative_to(root) if log.is_relative_to(root) else log
+    return [f"some of the data is neither in DVC's cache nor in the remote (log: {shown})"] if lost else []
 
 
 def copies(

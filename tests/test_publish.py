@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -480,6 +481,57 @@ def test_without_dvc_storage_the_commit_is_made_and_that_is_said(workspace, monk
     published = run(workspace)
     assert published.state == "done"
     assert published.notes == ["DVC has no remote storage, so the data is on this machine only"]
+
+
+# --- with DVC
+
+
+def dvc(root: Path, *arguments: str) -> None:
+    subprocess.run([sys.executable, "-m", "dvc", *arguments], cwd=root, check=True, capture_output=True)
+
+
+@pytest.mark.slow
+def test_a_dvc_remote_that_fails_half_way_postpones_the_commit_and_the_next_call_finishes(upstream, tmp_path):
+    workspace, remote = Workspace(clone(upstream, tmp_path / "workspace")), tmp_path / "remote"
+    root = workspace.root
+    dvc(root, "init", "--quiet")
+    config = root / ".dvc" / "config"
+    config.write_text(f"[core]\n analytics = false\n remote = storage\n['remote \"storage\"']\n url = {remote}\n")
+    git(root, "add", ".dvc", ".dvcignore")
+    git(root, "commit", "-qm", "DVC")
+    git(root, "push", "-q")
+    write(root, {f"models/registry/aaa/part-{number}": f"part {number} of aaa" for number in range(5)})
+    dvc(root, "add", "--quiet", "models/registry/aaa")
+    before = git(root, "rev-parse", "HEAD"), git(root, "status", "--porcelain")
+
+    objects = [
+        path.relative_to(root / ".dvc" / "cache") for path in (root / ".dvc" / "cache").rglob("*") if path.is_file()
+    ]
+    blocked = next(path for path in objects if path.suffix != ".dir")
+    (remote / blocked).parent.parent.mkdir(parents=True)
+    (remote / blocked).parent.touch()  # a file where a directory must be: what nobody's permissions get round
+    published = run(workspace)
+    assert published.state == "postponed"
+    assert published.reason.startswith("dvc push: ")
+    assert "Not a directory" in published.reason
+    assert (git(root, "rev-parse", "HEAD"), git(root, "status", "--porcelain")) == before
+
+    (remote / blocked).parent.unlink()
+    published = run(workspace)
+    assert (published.state, published.pushed_to, published.notes) == ("done", "origin/main", [])
+    assert files_of(upstream, "main") == ["models/registry/.gitignore", "models/registry/aaa.dvc"]
+    elsewhere = clone(upstream, tmp_path / "elsewhere")
+    dvc(elsewhere, "pull", "--quiet")
+    assert (elsewhere / "models/registry/aaa/part-4").read_text() == "part 4 of aaa"
+
+    shutil.rmtree(root / ".dvc" / "cache" / "files")
+    shutil.rmtree(remote)
+    write(root, {"models/ledger.jsonl": line("bbb", 1)})
+    assert run(workspace).notes == ["some of the data is neither in DVC's cache nor in the remote (log: .nightly/log)"]
+
+    config.write_text("[core]\n analytics = false\n")
+    write(root, {"dvc.lock": "schema: '2.0'\n"})
+    assert run(workspace).notes == ["DVC has no remote storage, so the data is on this machine only"]
 
 
 # --- kills
