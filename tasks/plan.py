@@ -4,12 +4,15 @@ A result consists of ``plan/`` (``plan.json`` and ``files.parquet``), one ``pred
 each shard and, once all shards are there, of the rest. In a local folder it is called ``.NAME.unfinished`` until then.
 """
 
+import contextlib
 import hashlib
 import io
 import json
 import math
 import os
 import shutil
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +72,21 @@ def unfinished(out: str) -> Store:
         return RemoteStore(out.rstrip("/"))
     path = Path(out).absolute()
     return LocalStore(path.with_name(f".{path.name}.unfinished"))
+
+
+@contextlib.contextmanager
+def scratch(store: Store) -> Iterator[Path]:
+    """Yield a folder to unpack an archive in; what a killed run left there serves this one, which removes it."""
+    if not isinstance(store, LocalStore):
+        with tempfile.TemporaryDirectory(prefix="nightly-") as name:
+            yield Path(name)
+        return
+    folder = store.folder.with_name(f"{store.folder.name}.scratch")
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def write_plan(store: Store, identity: dict[str, Any], listing: Listing, shard_files: int) -> Plan:

@@ -89,7 +89,7 @@ def predict(
         store = plan.unfinished(out)
         if isinstance(store, LocalStore):
             stack.enter_context(store.locked())
-        scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="nightly-")))
+        scratch = stack.enter_context(plan.scratch(store))
         files = stack.enter_context(contextlib.closing(open_input(source, scratch, names)))
         prediction, changed = plan_prediction(source, out, model, params, files, fresh=fresh)
         summary = new_summary(prediction, out, changed)

@@ -1,6 +1,7 @@
 """Predictions that are stopped, killed or out of disk: the same command goes on, and nothing wrong is left."""
 
 import shutil
+import tarfile
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -47,3 +48,23 @@ def test_a_result_is_taken_over_whole_or_not_at_all(folder: Path, exported: Path
     summary = predict(folder, tmp_path / "out", exported, params)
     assert summary.resumed_files == summary.counts.files == 30
     assert len(pq.read_table(tmp_path / "out" / PARTS)) == 30
+
+
+def test_what_a_killed_run_unpacked_serves_the_next_one_and_goes(folder, exported, tmp_path, monkeypatch) -> None:
+    import tasks.members
+
+    with tarfile.open(tmp_path / "images.tar.gz", "w:gz") as archive:
+        archive.add(folder, "images")
+    unpacked = []
+    decompressed = tasks.members.decompressed
+    monkeypatch.setattr(tasks.members, "decompressed", lambda *given: unpacked.append(given) or decompressed(*given))
+    with monkeypatch.context() as patch:
+        # A killed process removes nothing.
+        patch.setattr(tasks.plan.shutil, "rmtree", lambda *_, **__: None)
+        patch.setattr(tasks.predict, "finish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            predict(tmp_path / "images.tar.gz", tmp_path / "out", exported, PredictParams())
+    summary = predict(tmp_path / "images.tar.gz", tmp_path / "out", exported, PredictParams())
+    assert len(unpacked) == 1
+    assert summary.counts.statuses == {"ok": 30}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["images.tar.gz", "out", "source"]
