@@ -146,10 +146,10 @@ def test_only_an_engine_that_was_offered_can_hold_a_model(workspace):
     night(workspace, "aaa", 0.9)
     night(workspace, "bbb", 0.8)
     found = {"agreement": 0.99, "accuracy_lost": 0.004, "passed": False}
-    write_json(workspace.evaluation / "metrics.json", metrics("bbb", 0.95) | {"engines": {"openvino-int8": found}})
+    write_json(workspace.evaluation / "metrics.json", metrics("bbb", 0.95) | {"engines": {"openvino-float32": found}})
     write_predictions(workspace.evaluation, 0.95, "ab")
     for offered, action in ((True, "hold"), (False, "promote")):
-        engines = {"openvino-int8": {"agreement": 1.0, "offered": offered}}
+        engines = {"openvino-float32": {"agreement": 1.0, "offered": offered}}
         load_bundle(workspace.exported).changed(engines=engines).save()
         judgement = champion.judge_exported(workspace, RetrainParams(), workspace.root / "log", print)
         assert judgement.verdict.action == action
