@@ -255,7 +255,7 @@ def _move(inbox: Path, folder: Path, path: str) -> None:
 
 def _counted(counts: dict[str, int], unit: str) -> str:
     total = sum(counts.values())
-    parts = ", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in counts.items())
+    parts = ", ".join(f"{name.replace('_', ' ')}: {count:,}" for name, count in counts.items())
     return f"{total:,} {unit}{'s' * (total != 1)} ({parts})"
 
 

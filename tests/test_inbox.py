@@ -94,7 +94,7 @@ def test_good_images_become_one_archive_and_leave_the_inbox(tmp_path):
     assert list(packed) == sorted(packed)
     assert files(tmp_path / "inbox") == {}
     assert sorted(os.listdir(tmp_path)) == ["additions", "inbox"]
-    assert intake.sentences() == [f"Took in 6 images (3 blue, 3 red), packed as {archive.name}."]
+    assert intake.sentences() == [f"Took in 6 images (blue: 3, red: 3), packed as {archive.name}."]
 
 
 def test_the_same_images_give_the_same_bytes_whatever_their_times(tmp_path):
@@ -292,7 +292,7 @@ def test_files_still_being_written_are_left(tmp_path, monkeypatch):
     os.utime(tmp_path / "inbox" / "red" / "1.png", (0, 0))  # as 'cp -p' does; only its change time is new
     intake = take(tmp_path, InboxParams())
     assert intake == Intake(left={BEING_WRITTEN: 1})
-    assert intake.sentences() == ["Left 1 file (1 still being written) for the next time."]
+    assert intake.sentences() == ["Left 1 file (still being written: 1) for the next time."]
     now = time.time()
     monkeypatch.setattr(time, "time", lambda: now + 61)
     assert take(tmp_path, InboxParams()).taken == {"red": 1}
