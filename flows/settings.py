@@ -83,8 +83,10 @@ def schemas() -> dict[str, type[Section]]:
     from tasks.predict import PredictParams
     from tasks.prepare import PrepareParams
     from tasks.recipe import TrainParams
+    from tasks.vetting import InboxParams
 
     return {
+        "inbox": InboxParams,
         "download": DownloadParams,
         "prepare": PrepareParams,
         "augment": AugmentParams,

@@ -128,8 +128,9 @@ def reproduce(
 
 
 def track(root: Path, path: Path, patience_seconds: float = 0.0, emit: Emit = print) -> None:
-    """Put a directory under DVC's care: its content in the cache, a ``.dvc`` file beside it for git."""
-    _patiently(lambda: _dvc(root, "add", "--quiet", str(path.relative_to(root))), patience_seconds, emit)
+    """Put a file or directory under DVC's care: its content in the cache, a ``.dvc`` file beside it for git."""
+    # Otherwise DVC deletes it, copies it back from the cache and writes the pointer last: a kill would lose it.
+    _patiently(lambda: _dvc(root, "add", "--quiet", "--no-relink", str(path.relative_to(root))), patience_seconds, emit)
 
 
 def fetch(root: Path, path: Path) -> None:

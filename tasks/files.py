@@ -24,9 +24,9 @@ def publish_file(destination: Path) -> Iterator[Path]:
     partial = partial_path(destination)
     try:
         yield partial
-        _sync(partial)
+        sync(partial)
         partial.replace(destination)
-        _sync(destination.parent)
+        sync(destination.parent)
     finally:
         partial.unlink(missing_ok=True)
 
@@ -45,7 +45,7 @@ def publish_directory(destination: Path) -> Iterator[Path]:
         yield partial
         for file in partial.rglob("*"):
             if file.is_file():
-                _sync(file)
+                sync(file)
         replace_directory(partial, destination)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -57,7 +57,7 @@ def replace_directory(complete: Path, destination: Path) -> None:
     if destination.exists():
         destination.rename(old)
     complete.rename(destination)
-    _sync(destination.parent)
+    sync(destination.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 
@@ -102,7 +102,7 @@ def sha256_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
     """Flush a file or a directory entry to the disk, so that a rename cannot outrun the data."""
     descriptor = os.open(path, os.O_RDONLY)
     try:

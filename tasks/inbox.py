@@ -20,7 +20,7 @@ from pathlib import Path
 
 from tasks.archives import read_members, write_tar
 from tasks.errors import NightlyError, run_main
-from tasks.files import _sync, partial_path, read_json, sha256_file, tidy_up, write_json, write_text
+from tasks.files import partial_path, read_json, sha256_file, sync, tidy_up, write_json, write_text
 from tasks.images import DecodePolicy
 from tasks.inputs import read_file
 from tasks.params import read_section
@@ -197,7 +197,7 @@ def _pack(
         write_tar(partial, members())
         if not packed:
             return None, None, set()
-        _sync(partial)
+        sync(partial)
         written = {name: verdict.sha256 for name, verdict in packed.items()}
         found = {name: hashlib.sha256(data).hexdigest() for name, data in read_members(partial, **VERIFIED)}
         if found != written:
@@ -207,7 +207,7 @@ def _pack(
         digest = sha256_file(partial)
         archive = additions / f"{batch}-{digest[:12]}.tar"
         partial.rename(archive)
-        _sync(additions)
+        sync(additions)
     finally:
         partial.unlink(missing_ok=True)
     return archive.name, digest, {verdict.key for verdict in packed.values()}
@@ -247,9 +247,9 @@ def _move(inbox: Path, folder: Path, path: str) -> None:
             raise
         partial = partial_path(folder)
         shutil.copyfile(inbox / path, partial)
-        _sync(partial)
+        sync(partial)
         partial.rename(place)
-        _sync(place.parent)
+        sync(place.parent)
         (inbox / path).unlink()
 
 
