@@ -5,7 +5,7 @@ from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 from flows.champion import Judgement
-from flows.configure import Change
+from flows.changes import Changes
 from flows.notify import State
 from flows.stages import Outcome
 from tasks.judge import LEVEL, Metrics, chance_words, images_words
@@ -44,22 +44,6 @@ class Predictions:
     facts: dict[str, Any] | None = None
 
 
-@dataclass(frozen=True)
-class Changes:
-    """What is otherwise tonight than it was for the champion that the challenger met.
-
-    Attributes:
-        data: sentences about the images.
-        classes: of each class whose number of images differs, the name, the champion's number and tonight's; None
-            where there is no such class. The largest differences stand first.
-        parameters: those that differ, the champion's value first.
-    """
-
-    data: list[str]
-    classes: list[tuple[str, int | None, int | None]]
-    parameters: list[Change]
-
-
 @dataclass
 class Night:
     """All that is known of one retraining, filled in while it goes on. Paths are relative to the workspace.
@@ -69,7 +53,7 @@ class Night:
         champion: id of the model in service, at the end.
         stopped: how it ended if not with a verdict, and ``reason`` why, in one line.
         next_run: None if none is planned.
-        changes: see ``flows.night.changes``.
+        changes: see ``flows.changes.changes``.
         page: the HTML page about it.
     """
 

@@ -108,6 +108,9 @@ def test_one_that_answers_500_one_that_hangs_and_one_that_is_away_hold_up_nobody
         troubles = notify(chosen, ["failure"], "t", "b", limit_seconds=1.5)
         assert time.monotonic() - started < 3
         assert len(got) == len(asked) == 1
+        # The one that still waits would hold up the end of the process, too, if it were not a daemon.
+        waiting = [thread for thread in threading.enumerate() if thread.name.startswith("notification")]
+        assert [thread.daemon for thread in waiting] == [True]
     assert troubles == [
         "notification failed: retrain.notify, address 1 (json://…): it answered with status 500",
         "notification failed: retrain.notify, address 2 (json://…): no answer within 1.5 s",
