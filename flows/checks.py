@@ -10,8 +10,9 @@ from importlib import metadata
 from pathlib import Path
 
 from flows.findings import Case, Finding, cache_folder, dvc, existing, fail, ok, output, python, warn
+from flows.notify import faults, last_success
 from flows.reconcile import hopeless_predictions, is_lock_file, leftovers, stale_notes, torn_pointers
-from flows.runs import last_success, process_mark, started_after
+from flows.runs import process_mark, started_after
 from tasks import promote
 from tasks.device import gpu_present
 from tasks.errors import NightlyError
@@ -119,6 +120,14 @@ def gpu(case: Case) -> Finding:
         return fail(str(error), remedy)
 
 
+def notifications(case: Case) -> Finding:
+    """The addresses that are told of a night; nobody is told anything now."""
+    addresses = getattr(case.settings.get("retrain"), "notify", ())
+    if found := faults(addresses):
+        return fail("; ".join(found), "mend retrain.notify, or set the variable where the nights run")
+    return ok(f"{len(addresses)} addresses" if addresses else "nobody is told; retrain.notify names addresses")
+
+
 # --- the workspace
 
 
@@ -135,13 +144,24 @@ def git(case: Case) -> Finding:
     folder = Path(output(["git", "rev-parse", "--absolute-git-dir"], case.root, 10).strip())
     if _is_old(folder / "index.lock"):
         return fail("a killed git left its lock behind: nothing can be committed", f"rm {folder / 'index.lock'}")
+    publish = getattr(case.settings.get("retrain"), "publish", "none")
     if head == "HEAD":
-        return warn("no branch is checked out, so commits are lost with the next checkout", "git switch BRANCH")
+        finding = warn if publish == "none" else fail
+        return finding("no branch is checked out, so that nothing can be committed to it", "git switch BRANCH")
+    if publish == "push" and not _has_upstream(case.root):
+        return fail("retrain.publish is push, but the branch has no upstream", "git push --set-upstream REMOTE BRANCH")
     changed = output(["git", "status", "--porcelain"], case.root, 20).splitlines()
     branch = head.removeprefix("refs/heads/")
     if changed:
         return warn(f"on branch {branch}, {len(changed):,} files are changed or new", "git status; git commit")
     return ok(f"on branch {branch}, everything is committed")
+
+
+def _has_upstream(root: Path) -> bool:
+    try:
+        return bool(output(["git", "rev-parse", "--symbolic-full-name", "@{upstream}"], root, 10).strip())
+    except NightlyError:
+        return False
 
 
 def _is_old(path: Path) -> bool:

@@ -45,6 +45,7 @@ CHECKS = {
     "software": Check(checks.software),
     "telemetry": Check(checks.telemetry),
     "parameters": Check(checks.parameters),
+    "notifications": Check(checks.notifications),
     "git": Check(checks.git),
     "dvc": Check(checks.dvc_works, mend=_reconcile),
     "lock": Check(checks.lock, mend=_reconcile),

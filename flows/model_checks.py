@@ -1,9 +1,9 @@
 """What ``nightly doctor`` looks at: the models, and the storage that they are kept in."""
 
-import json
 import os
 from pathlib import Path
 
+from flows import storage
 from flows.findings import Case, Finding, cache_folder, dvc, fail, ok, python, warn
 from flows.reconcile import read_pointer
 from tasks import promote, registry
@@ -62,10 +62,14 @@ def restorable(case: Case) -> Finding:
     gone = [model_id for model_id in ids if not (folder / model_id).is_dir()]
     lost = [model_id for model_id in gone if not _in_cache(case, read_pointer(folder / f"{model_id}.dvc"))]
     if lost and _remote(case):
-        pointers = [f"{folder / model_id}.dvc" for model_id in lost]
-        status = json.loads(dvc(case.root, "status", "--cloud", "--json", *pointers, limit_seconds=30) or "{}")
-        missing = [Path(name).parts for name, state in status.items() if state == "missing"]
-        lost = [model_id for model_id in lost if any(model_id in parts for parts in missing)]
+        held = storage.copies(
+            case.root,
+            [folder / model_id for model_id in lost],
+            log=case.workspace.state / "logs" / "doctor.log",
+            emit=lambda line: None,
+            limit_seconds=30,
+        )
+        lost = [path.name for path, copies in held.items() if not copies.in_remote]
     if lost:
         where = "DVC's cache or remote" if _remote(case) else "DVC's cache, and there is no remote"
         return fail(f"{', '.join(lost)}: neither here nor in {where}", "dvc push from where the model is")

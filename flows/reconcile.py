@@ -144,18 +144,27 @@ def read_pointer(path: Path) -> str | None:
     """Return the digest in a ``.dvc`` file, None if it is torn."""
     try:
         [out] = yaml.safe_load(path.read_text(encoding="utf-8"))["outs"]
-        return out["md5"] if out["path"] else None
+        return out["md5"] if out["path"] == path.stem else None
     except (yaml.YAMLError, ValueError, KeyError, TypeError):
         return None
 
 
 def is_lock_file(path: Path) -> bool:
-    """Tell whether a ``dvc.lock`` is whole enough for DVC to read it."""
+    """Tell whether a ``dvc.lock`` is such that DVC reads it."""
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError):
+        text = path.read_text(encoding="utf-8")
+        content = yaml.safe_load(text)
+        lists = [stage.get(key, []) for stage in content["stages"].values() for key in ("deps", "outs")]
+        params = [values for stage in content["stages"].values() for values in stage.get("params", {}).values()]
+        return (
+            text.endswith("\n")
+            and isinstance(content["schema"], str)
+            and all("cmd" in stage for stage in content["stages"].values())
+            and all(isinstance(items, list) and all("path" in item for item in items) for items in lists)
+            and all(isinstance(values, dict) for values in params)
+        )
+    except (yaml.YAMLError, ValueError, KeyError, TypeError, AttributeError):
         return False
-    return isinstance(content, dict) and "schema" in content
 
 
 def stale_notes(root: Path) -> str | None:
@@ -173,7 +182,7 @@ def stale_notes(root: Path) -> str | None:
     except (ValueError, KeyError, TypeError, AttributeError):
         return "they are torn"
     there = {pid for pid in pids if process_mark(pid) is not None}
-    others = {pid for pid in there if started_after(pid, written) and "dvc" not in _command(pid)}
+    others = {pid for pid in there if started_after(pid, written) and not _is_dvc(pid)}
     if others and others == there:
         return f"process {min(others)} is another one than it was"
     return None
@@ -199,11 +208,12 @@ def _notes_guarded(root: Path) -> Iterator[bool]:
             yield True
 
 
-def _command(pid: int) -> str:
+def _is_dvc(pid: int) -> bool:
     try:
-        return Path(f"/proc/{pid}/cmdline").read_text(encoding="utf-8", errors="replace").replace("\0", " ")
+        words = Path(f"/proc/{pid}/cmdline").read_text(encoding="utf-8", errors="replace").split("\0")
     except (FileNotFoundError, ProcessLookupError):
-        return ""
+        return False
+    return any(Path(word).name == "dvc" for word in words)
 
 
 # --- flow runs on the server

@@ -56,7 +56,7 @@ class Run:
 
 @contextmanager
 def recorded(workspace: Workspace) -> Iterator[None]:
-    """Note which process the present flow run is, and in the end that it ended and whether well."""
+    """Note which process the present flow run is, and in the end that it ended in order, however that was."""
     import prefect.runtime
 
     run_id, name, pid = str(prefect.runtime.flow_run.id), prefect.runtime.flow_run.name, os.getpid()
@@ -65,7 +65,6 @@ def recorded(workspace: Workspace) -> Iterator[None]:
     write_json(file, asdict(run))
     try:
         yield
-        write_json(_success_file(workspace), {"time": now(), "run": run.name})
     finally:
         write_json(file, asdict(replace(run, ended=now())))
 
@@ -84,14 +83,6 @@ def recorded_runs(workspace: Workspace) -> dict[Path, Run]:
 def runs_folder(workspace: Workspace) -> Path:
     """Return where runs note which process they are."""
     return workspace.state / "runs"
-
-
-def last_success(workspace: Workspace) -> datetime | None:
-    """Return when a run ended well for the last time, None if none did."""
-    try:
-        return datetime.fromisoformat(read_json(_success_file(workspace))["time"])
-    except (FileNotFoundError, ValueError, KeyError, TypeError):
-        return None
 
 
 def process_mark(pid: int) -> str | None:
@@ -134,7 +125,3 @@ def _here() -> tuple[str, str, str]:
     except OSError:  # no Linux
         boot = space = ""
     return socket.gethostname(), boot, space
-
-
-def _success_file(workspace: Workspace) -> Path:
-    return workspace.state / "last-success.json"
