@@ -1,17 +1,29 @@
 """Predictions that are stopped, killed or out of disk: the same command goes on, and nothing wrong is left."""
 
+import errno
+import io
+import json
+import math
+import os
 import shutil
+import signal
+import subprocess
+import sys
 import tarfile
+import time
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
 
+from flows import cli
 from tasks.images import encode_png
 from tasks.outcome import PredictParams
 from tasks.plan import FILES, PARTS, part_name
 from tasks.predict import predict
 from tests.conftest import COLORS, colored_image
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture
@@ -68,3 +80,124 @@ def test_what_a_killed_run_unpacked_serves_the_next_one_and_goes(folder, exporte
     assert len(unpacked) == 1
     assert summary.counts.statuses == {"ok": 30}
     assert sorted(path.name for path in tmp_path.iterdir()) == ["images.tar.gz", "out", "source"]
+
+
+# Signals
+
+
+@pytest.fixture
+def workspace(tmp_path: Path) -> Path:
+    """A workspace with 4,000 images and small shards."""
+    (tmp_path / "dvc.yaml").touch()
+    (tmp_path / ".dvc").mkdir()
+    (tmp_path / "params.yaml").write_text("predict: {shard_files: 50}")
+    (tmp_path / "many").mkdir()
+    for number in range(4000):
+        color = sorted(COLORS)[number % 3]
+        if number < 30:
+            (tmp_path / "many" / f"{number}.png").write_bytes(encode_png(colored_image(color, number)))
+        else:
+            os.link(tmp_path / "many" / f"{number % 30}.png", tmp_path / "many" / f"{number}.png")
+    return tmp_path
+
+
+def start(workspace: Path, model: Path, out: str) -> "subprocess.Popen[str]":
+    return subprocess.Popen(
+        [sys.executable, "-m", "flows.cli", "predict", "many", "--model", str(model), "--out", out],
+        cwd=workspace,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_it_with_a_line_and_the_same_command_goes_on(workspace: Path, exported: Path, number) -> None:
+    process = start(workspace, exported, "out")
+    while not (workspace / ".out.unfinished" / PARTS / part_name(3)).exists():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.002)
+    process.send_signal(number)
+    _, err = process.communicate()
+    assert process.returncode == 75, err
+    assert err.startswith(f"interrupted: classifying stopped by {number.name}; the same command goes on")
+    assert err.count("\n") == 1
+    assert not (workspace / "out").exists()
+    assert len(list((workspace / ".out.unfinished" / PARTS).iterdir())) < 80
+    process = start(workspace, exported, "out")
+    out, err = process.communicate()
+    assert (process.returncode, err) == (0, "")
+    assert "of them before" in out
+    predict(workspace / "many", workspace / "whole", exported, PredictParams(shard_files=50))
+    assert (workspace / "out/predictions.csv").read_bytes() == (workspace / "whole/predictions.csv").read_bytes()
+    assert not [path.name for path in workspace.iterdir() if path.name.startswith(".out")]
+
+
+@pytest.mark.slow
+def test_kills_at_random_moments_lose_nothing(exported: Path) -> None:
+    command = [sys.executable, "benchmarks/predict_kill.py", "--kills", "3", "--files", "200", "--model", exported]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    facts = json.loads(done.stdout)
+    assert (facts["kills"], facts["rows_lost"], facts["rows_twice"], facts["identical"]) == (3, 0, 0, True)
+
+
+# A full disk
+
+
+class Disk:
+    """A disk with room for so many bytes of a result."""
+
+    def __init__(self, room: float) -> None:
+        self.room, self.used = room, 0
+        self._open = Path.open
+
+    def open(self, path: Path, mode: str = "r", *given, **named):
+        if mode != "wb" or ".unfinished" not in str(path):
+            return self._open(path, mode, *given, **named)
+        disk = self
+
+        class File(io.FileIO):
+            def write(self, data) -> int:
+                size = memoryview(data).nbytes
+                if disk.used + size > disk.room:
+                    super().write(memoryview(data).cast("B")[: int(disk.room - disk.used)])
+                    disk.used = disk.room
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                disk.used += size
+                return super().write(data)
+
+        return File(path, "w")
+
+
+@pytest.mark.parametrize("share", [0.01, 0.1, 0.3, 0.5, 0.8, 0.95])
+def test_a_full_disk_is_one_line_and_the_rerun_goes_on(
+    folder: Path, exported: Path, tmp_path: Path, monkeypatch, capsys, share: float
+) -> None:
+    (tmp_path / "dvc.yaml").touch()
+    (tmp_path / ".dvc").mkdir()
+    (tmp_path / "params.yaml").write_text("predict: {shard_files: 4}")
+    monkeypatch.chdir(tmp_path)
+
+    def run(out: str, disk: Disk) -> tuple[int, str]:
+        monkeypatch.setattr(sys, "argv", ["nightly", "predict", "source", "--model", str(exported), "--out", out])
+        with monkeypatch.context() as patch, pytest.raises(SystemExit) as caught:
+            patch.setattr(Path, "open", lambda *given, **named: disk.open(*given, **named))
+            cli.main()
+        return caught.value.code, capsys.readouterr().err
+
+    large = Disk(math.inf)
+    assert run("whole", large) == (0, "")
+    code, err = run("out", Disk(large.used * share))
+    assert (code, err) == (1, "error: the disk is full: free some space and run the same command again\n")
+    assert not (tmp_path / "out").exists()
+    left = [path for path in (tmp_path / ".out.unfinished").rglob("*") if path.is_file()]
+    assert not [path for path in left if "partial" in path.name]
+    for path in left:
+        assert path.read_bytes() == (tmp_path / "whole" / path.relative_to(tmp_path / ".out.unfinished")).read_bytes()
+    assert run("out", large) == (0, "")
+    for name in ("predictions.csv", *(f"{PARTS}/{part_name(shard)}" for shard in range(8))):
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    assert not [path.name for path in tmp_path.iterdir() if path.name.startswith(".out")]
