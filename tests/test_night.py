@@ -56,8 +56,8 @@ def figures(model_id: str, accuracy: float, recalls: dict[str, float | None], **
     }
 
 
-CHALLENGER = figures("bbb", 0.986979, {"a": 1.0, "b": 0.9, "c": 0.8}, accepted=0.98)
-CHAMPION = figures("aaa", 0.96875, {"a": 0.9, "b": 0.95, "c": 0.8})
+CHALLENGER = figures("bbb", 0.986979, {"a": 1.0, "b": 0.9, "c": 0.8, "d": 1.0}, accepted=0.98)
+CHAMPION = figures("aaa", 0.96875, {"a": 0.9, "b": 0.95, "c": 0.83, "d": 1.0})
 
 
 def prepare(workspace: Workspace, digest: str, counts: dict[str, int]) -> None:
@@ -141,7 +141,7 @@ def test_a_promoted_night_shows_both_models_side_by_side(workspace):
     assert "Accepted98.00%––" in shown
     assert "95% interval-0.26 to +3.91 points" in shown
     assert "11 images now right, 4 now wrong; McNemar's exact test: p = 0.12" in shown
-    assert re.search(r"b3090\.00%95\.00%-5\.00 a30100\.00%90\.00%\+10\.00", shown)
+    assert "points b3090.00%95.00%-5.00 c3080.00%83.00%-3.00 a30100.00%90.00%+10.00 What changed" in shown
     assert float(page.figures["accuracy"][0]) == CHALLENGER["accuracy"]
     assert "Wednesday, 25 November 2026, 02:00 CET" in page.text
 
@@ -221,7 +221,8 @@ def test_stages_are_bars_on_one_axis_of_time(workspace):
 
 def test_a_failed_night_shows_the_stage_the_error_and_the_end_of_its_log(workspace):
     stages = [STAGES[0], StageRun("train", "Failed", "Task run encountered an exception", 7.0)]
-    page, said = told(workspace, stopped("failed", "train: the loss is not <finite>", stages=stages))
+    night = stopped("failed", "train: the loss is not <finite>", stages=stages)
+    page, said = told(workspace, night)
     assert said == []
     assert "Failed at train" in page.text
     assert "starts again with train; stages that were done before it are kept" in page.text
@@ -232,6 +233,7 @@ def test_a_failed_night_shows_the_stage_the_error_and_the_end_of_its_log(workspa
     assert "step 980" not in shown
     assert "aaa" in page.text
     # What differs from the champion is what one looks for now; without a verdict by params.yaml.
+    assert {change.key.split(".")[0] for change in night.changes.parameters} == {"train", "model", "prepare"}
     assert "train.epochs129" in rows_of(page, "Parameters and libraries")
     assert "../logs/n1/train.log" in links_of(page)
 
@@ -254,8 +256,10 @@ def test_a_failure_beside_all_stages_has_no_log(workspace):
 
 
 def test_interrupted_and_skipped_nights_have_a_page_too(workspace):
-    page, said = told(workspace, stopped("interrupted", "train will go on from its checkpoint", stages=STAGES[:1]))
+    stages = [STAGES[0], StageRun("train", "Interrupted", "will go on", 7.0)]
+    page, said = told(workspace, stopped("interrupted", "train will go on from its checkpoint", stages=stages))
     assert said == []
+    assert "The last lines" not in page.text
     assert "Interrupted: the next run goes on" in page.text
     assert "What was done is saved" in page.text
     shutil.rmtree(workspace.prepared)  # another run is at work on it
