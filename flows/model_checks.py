@@ -26,7 +26,7 @@ def champion(case: Case) -> Finding:
         return fail(str(error), "dvc pull, or nightly rollback ID")
     try:
         said = python(
-            case.root, "import sys; from flows.checks import classify_one as c; c(sys.argv[1])", 60, str(path)
+            case.root, "import sys; from flows.model_checks import classify_one as c; c(sys.argv[1])", 60, str(path)
         )
     except NightlyError as error:
         return fail(

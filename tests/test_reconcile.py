@@ -227,7 +227,7 @@ def test_a_dvc_lock_is_taken_for_torn_wherever_dvc_would_refuse_it(tmp_path):
         else:
             refused += 1
     assert is_lock_file(lock)
-    assert refused > 500
+    assert refused < len(whole), "some cuts at the end of a line are all right"
 
 
 @pytest.mark.parametrize(
