@@ -11,6 +11,7 @@ from flows.champion import Judgement
 from flows.configure import Change, compare
 from flows.settings import read_settings
 from flows.workspace import Workspace
+from tasks.errors import NightlyError
 from tasks.files import read_json, write_json
 from tasks.pages import counted
 
@@ -45,14 +46,21 @@ def changes(workspace: Workspace, judged: Judgement | None, champion: str | None
         now = _settings_of(facts(workspace, judged.challenger["model_id"]))
     else:
         met = champion
-        sections = {name: section.model_dump(mode="json") for name, section in read_settings(workspace.params).items()}
-        now = _settings_of({"decode": sections["prepare"]["decode"], "parameters": sections})
+        now = _settings_now(workspace.params)
     before = facts(workspace, met)
     then = _settings_of(before)
     if not judged:
         # Sections that no bundle has say nothing about the training.
         then, now = ({name: side[name] for name in then if name in now} for side in (then, now))
     return Changes(*_data_changes(workspace, before, met), compare(then, now) if then and now else [])
+
+
+def _settings_now(params: Path) -> dict[str, Any]:
+    try:
+        sections = {name: section.model_dump(mode="json") for name, section in read_settings(params).items()}
+    except NightlyError:  # for which the night failed, and which is told as that
+        return {}
+    return _settings_of({"decode": sections["prepare"]["decode"], "parameters": sections})
 
 
 def _settings_of(bundle: Mapping[str, Any]) -> dict[str, Any]:

@@ -22,11 +22,12 @@ from natsort import natsorted
 
 from flows import notify
 from flows.changes import changes, facts, folder_of
-from flows.notify import Address, Record
+from flows.notify import Record
 from flows.stages import Emit
 from flows.summary import Night, StageRun, duration, moment
 from flows.workspace import Workspace
 from tasks import charts, pages
+from tasks.errors import NightlyError, describe
 from tasks.files import publish_file, read_json, write_text
 from tasks.judge import LEVEL, chance_words, images_words
 from tasks.registry import champion_id
@@ -55,7 +56,7 @@ _BADGES = {
 }
 
 
-def tell(workspace: Workspace, night: Night, addresses: Sequence[Address], emit: Emit) -> None:
+def tell(workspace: Workspace, night: Night, emit: Emit) -> None:
     """Write the record and the page of a night that has ended, however it did, and notify whoever wants to know.
 
     What goes wrong here is a line for ``emit``: it takes nothing back of what the night has done.
@@ -77,9 +78,15 @@ def tell(workspace: Workspace, night: Night, addresses: Sequence[Address], emit:
         night.page = workspace.shown(page)
     except Exception as error:  # whatever it is, the model is in service and the notification goes out
         emit(f"the page of this night could not be written: {type(error).__name__}: {error}")
-    if events := notify.events_of(night.state, earlier):
-        for trouble in notify.notify(addresses, events, *message(night, "recovery" in events)):
-            emit(trouble)
+    if not (events := notify.events_of(night.state, earlier)):
+        return
+    try:
+        addresses = notify.read_addresses(workspace.params)
+    except (NightlyError, OSError) as error:
+        emit(f"nobody could be notified: {describe(error)}")
+        return
+    for trouble in notify.notify(addresses, events, *message(night, "recovery" in events)):
+        emit(trouble)
 
 
 def message(night: Night, recovered: bool) -> tuple[str, str]:

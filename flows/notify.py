@@ -22,7 +22,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, model_va
 
 from flows.workspace import Workspace
 from tasks.errors import NightlyError
-from tasks.params import Section
+from tasks.params import Section, parse_section, read_params_file
 
 Event = Literal["promote", "hold", "failure", "recovery"]
 State = Literal["promoted", "held", "unchanged", "skipped", "interrupted", "failed"]
@@ -94,6 +94,21 @@ class Address(Section):
 
 
 Addresses = Annotated[tuple[Address, ...], BeforeValidator(_masked)]
+
+
+class _Notified(Section):
+    notify: Addresses = ()
+
+
+def read_addresses(params: Path) -> tuple[Address, ...]:
+    """Return the addresses in a parameter file, also if other keys in it are wrong: of that somebody wants to know.
+
+    Raises:
+        NightlyError: it can't be read, or an address is none.
+    """
+    section = read_params_file(params).get("retrain")
+    given = section.get("notify") if isinstance(section, dict) else None
+    return parse_section({"notify": given} if given else {}, "retrain", _Notified, params).notify
 
 
 def notify(

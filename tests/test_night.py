@@ -7,14 +7,12 @@ from zoneinfo import ZoneInfo
 
 import pandas as pd
 import pytest
-import yaml
 
 from flows import night as pages
 from flows import notify
 from flows.champion import Judgement
 from flows.changes import changes
 from flows.publish import Published
-from flows.settings import RetrainParams
 from flows.summary import Night, Predictions, StageRun, markdown
 from flows.workspace import Workspace
 from tasks.bundle import load_bundle
@@ -109,10 +107,10 @@ def stopped(state: notify.State, reason: str, run: str = "n1", **values) -> Nigh
     return Night(run, stopped=state, reason=reason, started=STARTED, next_run=NEXT, **values)
 
 
-def told(workspace: Workspace, night: Night, addresses=()) -> tuple[Page, list[str]]:
+def told(workspace: Workspace, night: Night) -> tuple[Page, list[str]]:
     """Return the night's page, and what was said while it was written."""
     said = []
-    pages.tell(workspace, night, addresses, said.append)
+    pages.tell(workspace, night, said.append)
     text = (workspace.root / night.page).read_text() if night.page else ""
     return Page(text), said
 
@@ -366,7 +364,7 @@ def test_what_goes_wrong_is_said_and_fails_no_night(workspace, monkeypatch):
     sent = []
     monkeypatch.setattr(notify, "notify", lambda addresses, events, *message: sent.append(events) or ["not sent"])
     said = []
-    pages.tell(workspace, a_night(), [], said.append)
+    pages.tell(workspace, a_night(), said.append)
     assert said[0].startswith("the page of this night could not be written: JSONDecodeError")
     assert said[1:] == ["not sent"]
     assert sent == [["promote"]]
@@ -391,17 +389,29 @@ def test_recovery_is_told_once_and_only_after_a_failure(workspace, monkeypatch):
 
 
 def test_addresses_of_the_parameters_reach_neither_page_nor_record(workspace):
-    written = yaml.safe_load("notify: ['nosuch://s3cr3t']")
-    addresses = RetrainParams(**written).notify
-    workspace.params.write_text(yaml.safe_dump({"retrain": written}))
-    _, said = told(workspace, stopped("failed", "train: no memory"), addresses)
+    # Whatever else is wrong in the file: that may be what the night failed for.
+    workspace.params.write_text("train: {epochs: many}\nretrain: {notify: ['nosuch://s3cr3t'], wrong: 1}\n")
+    _, said = told(workspace, stopped("skipped", "busy"))
+    assert said == []
+    _, said = told(workspace, a_night())
     assert said == [
         "notification failed: retrain.notify, address 1 (nosuch://…): apprise can't make sense of it: "
         "see its list of services"
     ]
+    workspace.params.write_text("retrain: {notify: [s3cr3t]}\n")
+    _, said = told(workspace, a_night())
+    assert len(said) == 1
+    assert said[0].startswith("nobody could be notified: ")
     written = [path.read_text() for path in workspace.state.rglob("*") if path.suffix in (".html", ".jsonl", ".json")]
     assert len(written) >= 3
-    assert "s3cr3t" not in "".join(written)
+    assert "s3cr3t" not in "".join([*written, *said])
+
+
+def test_a_night_that_failed_for_its_parameters_has_a_page(workspace):
+    workspace.params.write_text("train: {epochs: many}\n")
+    page, said = told(workspace, stopped("failed", "params.yaml: 'train.epochs': input should be a valid integer"))
+    assert said == []
+    assert "'train.epochs': input should be" in page.text
 
 
 def test_counts_are_taken_once_per_data_set(workspace):
