@@ -62,7 +62,7 @@ def tell(workspace: Workspace, night: Night, addresses: Sequence[Address] | None
     What goes wrong here is a line for ``emit``: it takes nothing back of what the night has done.
 
     Args:
-        addresses: None takes those in params.yaml, be there what may wrong in the rest of it.
+        addresses: None takes those in params.yaml, whatever is wrong in the rest of it.
     """
     earlier: list[Record] = []
     try:
