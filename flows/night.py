@@ -22,7 +22,7 @@ from natsort import natsorted
 
 from flows import notify
 from flows.changes import changes, facts, folder_of
-from flows.notify import Address, Record
+from flows.notify import Record
 from flows.stages import Emit
 from flows.summary import Night, StageRun, duration, moment
 from flows.workspace import Workspace
@@ -56,13 +56,10 @@ _BADGES = {
 }
 
 
-def tell(workspace: Workspace, night: Night, addresses: Sequence[Address] | None, emit: Emit) -> None:
+def tell(workspace: Workspace, night: Night, emit: Emit) -> None:
     """Write the record and the page of a night that has ended, however it did, and notify whoever wants to know.
 
     What goes wrong here is a line for ``emit``: it takes nothing back of what the night has done.
-
-    Args:
-        addresses: None takes those in params.yaml, whatever is wrong in the rest of it.
     """
     earlier: list[Record] = []
     try:
@@ -84,7 +81,7 @@ def tell(workspace: Workspace, night: Night, addresses: Sequence[Address] | None
     if not (events := notify.events_of(night.state, earlier)):
         return
     try:
-        addresses = notify.read_addresses(workspace.params) if addresses is None else addresses
+        addresses = notify.read_addresses(workspace.params)
     except (NightlyError, OSError) as error:
         emit(f"nobody could be notified: {describe(error)}")
         return

@@ -107,10 +107,10 @@ def stopped(state: notify.State, reason: str, run: str = "n1", **values) -> Nigh
     return Night(run, stopped=state, reason=reason, started=STARTED, next_run=NEXT, **values)
 
 
-def told(workspace: Workspace, night: Night, addresses=None) -> tuple[Page, list[str]]:
+def told(workspace: Workspace, night: Night) -> tuple[Page, list[str]]:
     """Return the night's page, and what was said while it was written."""
     said = []
-    pages.tell(workspace, night, addresses, said.append)
+    pages.tell(workspace, night, said.append)
     text = (workspace.root / night.page).read_text() if night.page else ""
     return Page(text), said
 
@@ -364,7 +364,7 @@ def test_what_goes_wrong_is_said_and_fails_no_night(workspace, monkeypatch):
     sent = []
     monkeypatch.setattr(notify, "notify", lambda addresses, events, *message: sent.append(events) or ["not sent"])
     said = []
-    pages.tell(workspace, a_night(), None, said.append)
+    pages.tell(workspace, a_night(), said.append)
     assert said[0].startswith("the page of this night could not be written: JSONDecodeError")
     assert said[1:] == ["not sent"]
     assert sent == [["promote"]]
