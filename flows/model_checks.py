@@ -1,6 +1,7 @@
 """What ``nightly doctor`` looks at: the models, and the storage that they are kept in."""
 
 import os
+import re
 from pathlib import Path
 
 from flows import storage
@@ -98,23 +99,23 @@ def remote(case: Case) -> Finding:
     name = _remote(case)
     if name is None:
         return warn("no DVC remote: models and data are on this disk alone", "dvc remote add --default NAME URL")
-    url = next(
-        (line.split()[1] for line in dvc(case.root, "remote", "list").splitlines() if line.split()[:1] == [name]), ""
-    )
+    url = case.dvc.get(f"remote.{name}.url", "")
+    if not url:
+        return fail(f"the default remote '{name}' has no address", f"dvc remote add --default {name} URL")
     if "://" not in url:
-        folder = Path(url)
+        folder = Path(os.path.normpath(case.root / ".dvc" / url))
         if folder.is_dir() and os.access(folder, os.W_OK | os.X_OK):
-            return ok(f"{name}: {url}")
+            return ok(f"{name}: {folder}")
         if not folder.exists() and folder.parent.is_dir() and os.access(folder.parent, os.W_OK | os.X_OK):
-            return ok(f"{name}: {url}, made with the first push")
-        return fail(
-            f"{name}: {url} is not there or may not be written", f"mount it, or dvc remote modify {name} url URL"
-        )
+            return ok(f"{name}: {folder}, made with the first push")
+        remedy = f"mount it, or dvc remote modify {name} url URL"
+        return fail(f"{name}: {folder} is not there or may not be written", remedy)
+    shown = re.sub(r"//[^/@]*@", "//***@", url)  # a password
     try:
         dvc(case.root, "list-url", f"remote://{name}", limit_seconds=10)
     except NightlyError as error:
         # Nothing was pushed yet, says a store that answers; that it has no such bucket is another matter.
         path = url.partition("://")[2].rstrip("/")
         if not str(error).rstrip("/").endswith(f"does not exist: {path}"):
-            return fail(f"{name}: {url}: {error}", "check the network, the address and the credentials")
-    return ok(f"{name}: {url}")
+            return fail(f"{name}: {shown}: {error}", "check the network, the address and the credentials")
+    return ok(f"{name}: {shown}")

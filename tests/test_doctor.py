@@ -26,6 +26,7 @@ from tasks.errors import NightlyError
 from tasks.files import read_json, write_json
 from tests import test_flows
 from tests.miniature import Miniature, export
+from tests.object_store import s3
 from tests.test_reconcile import note, on_server, states
 
 server = test_flows.server
@@ -99,7 +100,7 @@ def workspace(sound, tmp_path, monkeypatch) -> Workspace:
 def look(check: str, workspace: Workspace, max_age_hours: float | None = None) -> Finding:
     """Return what one check finds, without asking DVC for its settings."""
     settings = read_settings(workspace.params)
-    dvc = {"core.analytics": "false", "core.remote": "storage"}
+    dvc = {"core.analytics": "false", "core.remote": "storage", "remote.storage.url": "../../remote"}
     return CHECKS[check].look(Case(workspace, settings, dvc, max_age_hours))
 
 
@@ -360,6 +361,7 @@ def test_a_remote_that_is_missing_is_worth_a_word_and_one_made_by_the_first_push
     shutil.rmtree(workspace.root.parent / "remote")
     assert look("remote", workspace).text.endswith("made with the first push")
     assert model_checks.remote(Case(workspace)).state == "warn"
+    assert "has no address" in model_checks.remote(Case(workspace, dvc={"core.remote": "storage"})).text
 
 
 @pytest.mark.parametrize(
@@ -373,14 +375,30 @@ def test_a_remote_that_is_missing_is_worth_a_word_and_one_made_by_the_first_push
 )
 def test_a_store_that_answers_is_told_from_one_that_does_not(workspace, monkeypatch, said, state):
     def dvc(root, *arguments, limit_seconds=20.0):
-        if arguments[0] == "remote":
-            return "other\t/x\nstorage\ts3://bucket/prefix (default)\n"
         assert (arguments, limit_seconds) == (("list-url", "remote://storage"), 10)
         raise NightlyError(said)
 
     monkeypatch.setattr(model_checks, "dvc", dvc)
-    found = model_checks.remote(Case(workspace, dvc={"core.remote": "storage"}))
+    found = model_checks.remote(
+        Case(workspace, dvc={"core.remote": "storage", "remote.storage.url": "s3://bucket/prefix"})
+    )
     assert found.state == state
+
+
+@pytest.mark.slow
+def test_an_s3_remote_is_asked_itself(workspace, monkeypatch):
+    with s3() as bucket:
+        places = {"empty": f"{bucket}/prefix", "nowhere": f"{bucket}-not-made/prefix", "down": f"{bucket}/prefix"}
+        for name, url in places.items():
+            output([sys.executable, "-m", "dvc", "remote", "add", name, url], workspace.root, 60)
+        set_down = ("remote", "modify", "down", "endpointurl", "http://127.0.0.1:9")
+        output([sys.executable, "-m", "dvc", *set_down], workspace.root, 60)
+        found = {
+            name: model_checks.remote(Case(workspace, dvc={"core.remote": name, f"remote.{name}.url": url}))
+            for name, url in places.items()
+        }
+    assert {name: one.state for name, one in found.items()} == {"empty": "ok", "nowhere": "fail", "down": "fail"}
+    assert "bucket does not exist" in found["nowhere"].text
 
 
 def test_the_last_success_is_a_night_or_a_decision(workspace):
