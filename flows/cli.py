@@ -80,12 +80,12 @@ def retrain(
     calm_terminal(who_tells="command")
 
     from flows import retrain as flows_retrain
-    from flows.summary import print_night
+    from flows.summary import Night, print_night
 
     _announce_server()
     state = flows_retrain.retrain(predict=folder, force=force, return_state=True)
     night = state.result()
-    if state.name == "Skipped":
+    if not isinstance(night, Night):
         print(f"skipped: {state.message}", file=sys.stderr)
         raise typer.Exit(EXIT_INTERRUPTED)
     print_night(night, _console())

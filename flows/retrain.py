@@ -11,15 +11,21 @@ from prefect.artifacts import create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
 from prefect.states import Completed, Crashed, State
 
-from flows import stages
+from flows import inbox, stages
 from flows.champion import Judgement, carry_out, judge_exported
 from flows.console import shorten_expected_errors
+from flows.night import tell
 from flows.predict import classify, nothing_to_classify, obstacle, run_id
+from flows.prune import prune
+from flows.publish import Published, publish
+from flows.reconcile import reconcile
+from flows.runs import recorded
 from flows.settings import RetrainParams, read_settings
 from flows.stages import Outcome
 from flows.summary import Night, Predictions, StageRun, duration, markdown
 from flows.workspace import Busy, Workspace, find_workspace, locked
-from tasks.errors import Interrupted, NightlyError
+from tasks.errors import Interrupted, NightlyError, describe
+from tasks.inbox import Intake, is_waiting
 from tasks.promote import champion_id
 
 shorten_expected_errors()
@@ -54,34 +60,59 @@ def retrain(predict: Path | None = None, force: bool = False) -> Night:
         predict: the folder to classify at the end; data/incoming unless another is given.
         force: run every stage, also those that are up to date.
     """
-    workspace = find_workspace()
+    workspace, logger = find_workspace(), get_run_logger()
+    night = Night(run=run_id())
     try:
         refuse_lateness(workspace)
-        with locked(workspace, "nightly retrain"):
-            started = time.monotonic()
-            tonight = Tonight(workspace, run_id(), read_rules(workspace))
-            stage_runs = bring_up_to_date(tonight, force)
-            judgement = judge(tonight)
-            promote_or_hold(tonight, judgement)
-            predictions = classify_folder(tonight, predict)
-            night = Night(
-                run=tonight.run,
-                judgement=judgement,
-                champion=champion_id(workspace.models),
-                stages=stage_runs,
-                predictions=predictions,
-                report=workspace.shown(workspace.evaluation / "report.html"),
-                logs=workspace.shown(tonight.logs),
-                seconds=time.monotonic() - started,
-            )
-            create_markdown_artifact(key="night", markdown=markdown(night), description=night.headline)
+        with locked(workspace, "nightly retrain"), recorded(workspace):
+            try:
+                work(Tonight(workspace, night.run, read_rules(workspace)), night, predict, force)
+            except BaseException as error:
+                night.stopped = "interrupted" if isinstance(error, Interrupted | KeyboardInterrupt) else "failed"
+                night.reason = one_line(error)
+                raise
+            finally:
+                tell(workspace, night, logger.info)
+                create_markdown_artifact(key="night", markdown=markdown(night), description=night.headline)
+            if night.state == "unchanged" and not night.built:
+                return Completed(name="Skipped", message=f"nothing new: {night.headline}", data=night)
             return night
     except (Busy, TooLate) as reason:
-        get_run_logger().info("skipped: %s", reason, extra={"expected": True})
+        logger.info("skipped: %s", reason, extra={"expected": True})
+        night.stopped, night.reason = "skipped", one_line(reason)
+        tell(workspace, night, logger.info)
         return Completed(name="Skipped", message=str(reason))
     except Interrupted as reason:
-        get_run_logger().info("interrupted: %s", reason, extra={"expected": True})
+        logger.info("interrupted: %s", reason, extra={"expected": True})
         return interrupted(reason)
+
+
+def work(tonight: Tonight, night: Night, predict: Path | None, force: bool) -> None:
+    """Do all that a night consists of, writing down in ``night`` what came of it as soon as it is known."""
+    workspace, started = tonight.workspace, time.monotonic()
+    if prefect.runtime.deployment.id is not None:
+        from flows.serve import fire_times  # which imports this module
+
+        night.next_run = fire_times(read_settings(workspace.params)["serve"])[0]
+    reconcile(workspace, get_run_logger().info)
+    night.logs = workspace.shown(tonight.logs)
+    night.intake = take_in(tonight)
+    bring_up_to_date(tonight, force, night.stages)
+    night.report = workspace.shown(workspace.evaluation / "report.html")
+    night.judgement = judge(tonight)
+    promote_or_hold(tonight, night.judgement)
+    night.champion = champion_id(workspace.models)
+    night.predictions = classify_folder(tonight, predict)
+    # Last: following the upstream branch may bring other code into the workspace.
+    night.published = make_public(tonight, night.headline)
+    night.seconds = time.monotonic() - started
+
+
+def one_line(error: BaseException) -> str:
+    """Return what an error says in one line, with its kind where it is none of ours."""
+    if isinstance(error, NightlyError | OSError):
+        return " ".join(describe(error).split())
+    return " ".join(f"{type(error).__name__}: {error}".split())
 
 
 def interrupted(reason: Interrupted) -> State:
@@ -109,23 +140,39 @@ def refuse_lateness(workspace: Workspace) -> None:
         )
 
 
-def bring_up_to_date(tonight: Tonight, force: bool) -> list[StageRun]:
-    """Run DVC's stages in DVC's order, each as a task run of its own."""
+def take_in(tonight: Tonight) -> Intake:
+    """Pack new labelled images out of the inbox into an addition; a task run of its own if there are any."""
+    if not is_waiting(tonight.workspace.root / "data" / "inbox", tonight.workspace.root / "data" / "additions"):
+        return Intake()
+    return take_in_inbox(tonight)
+
+
+@task(name="inbox", task_run_name="inbox", cache_policy=NO_CACHE, persist_result=False)
+def take_in_inbox(tonight: Tonight) -> Intake:
+    """Validate, pack and version what lies in ``data/inbox``."""
+    logger = get_run_logger()
+    limit = tonight.rules.stage_time_limit_hours * 3600
+    intake = inbox.take_in(tonight.workspace, tonight.logs, tonight.patience_seconds, logger.info, limit)
+    for sentence in intake.sentences():
+        logger.info(sentence)
+    return intake
+
+
+def bring_up_to_date(tonight: Tonight, force: bool, runs: list[StageRun]) -> None:
+    """Run DVC's stages in DVC's order, each as a task run of its own; ``runs`` grows by each that has ended."""
     root = tonight.workspace.root
     logger = get_run_logger()
     names = stages.stage_names(root)
     stale = stages.stale_stages(root, names, tonight.patience_seconds, logger.info)
     # What stands before the first stale stage is up to date for certain; from there on DVC is asked one by one.
     first = 0 if force else next((number for number, name in enumerate(names) if name in stale), len(names))
-    runs = []
     for number, name in enumerate(names):
         started = time.monotonic()
         state = stage_task(name, tonight.rules)(tonight, name, force, known_fresh=number < first, return_state=True)
-        state.result()  # raises what the task raised
         runs.append(StageRun(name, state.name, state.message or "", time.monotonic() - started))
+        state.result()  # raises what the task raised
     if first < len(names) and (changed := stages.stale_stages(root, names, tonight.patience_seconds, logger.info)):
         logger.warning("changed while the run went on, to be rebuilt next time: %s", ", ".join(sorted(changed)))
-    return runs
 
 
 def stage_task(name: str, rules: RetrainParams):
@@ -191,3 +238,30 @@ def classify_folder(tonight: Tonight, chosen: Path | None) -> Predictions:
         return Predictions(note=reason)
     limit = tonight.rules.stage_time_limit_hours
     return classify(tonight.workspace, tonight.run, folder, limit_hours=limit)
+
+
+def make_public(tonight: Tonight, headline: str) -> Published:
+    """Publish the night as ``retrain.publish`` says, then prune as ``retrain.keep`` says; neither fails a night."""
+    if tonight.rules.publish == "none" and tonight.rules.keep is None:
+        return Published()
+    return publish_results(tonight, headline)
+
+
+@task(name="publish", task_run_name="publish", cache_policy=NO_CACHE, persist_result=False)
+def publish_results(tonight: Tonight, headline: str) -> Published:
+    """Push data to DVC's remote, commit the night to git and push it, remove old models' local copies."""
+    logger = get_run_logger()
+    common = {
+        "emit": logger.info,
+        "limit_seconds": tonight.rules.stage_time_limit_hours * 3600,
+        "patience_seconds": tonight.patience_seconds,
+    }
+    published = publish(
+        tonight.workspace, tonight.rules.publish, f"nightly: {headline}", log=tonight.logs / "publish.log", **common
+    )
+    for line in (published.sentence, *published.notes):
+        if line:
+            logger.info(line)
+    if removed := prune(tonight.workspace, tonight.rules.keep, log=tonight.logs / "prune.log", **common):
+        logger.info("pruned, and kept by DVC: %s", ", ".join(removed))
+    return published

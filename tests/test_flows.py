@@ -115,6 +115,8 @@ def test_a_first_night_a_night_without_news_and_a_better_model(workspace):
         ("predict", "Completed"),
     ]
     assert state.result().headline == "held: m1 is the champion already"
+    assert (state.name, state.message) == ("Skipped", "nothing new: held: m1 is the champion already")
+    assert "is the champion already" in (workspace.root / state.result().page).read_text()
     assert len(registry.history(workspace.root / "models")) == 1
 
     workspace.set(id="m2", accuracy=0.95)
