@@ -165,7 +165,8 @@ def _figures(judgement: Judgement) -> list[str]:
 
 def _told(night: Night) -> list[str]:
     """Return what came in, what changed, what was published and when the next run is, a paragraph each."""
-    told = [("Inbox", " ".join(night.intake.sentences()))] if night.intake else []
+    came = night.intake is not None and any(vars(night.intake).values())
+    told = [("Inbox", " ".join(night.intake.sentences()))] if came else []
     if night.changes:
         changes = [
             f"{change.key} {change.before or 'default'} → {change.after or 'default'}"

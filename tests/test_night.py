@@ -291,6 +291,8 @@ def test_predictions_drift_intake_and_publication_are_told(workspace):
     text = markdown(night)
     for words in ("Inbox: Took in 3 images", "- These images are darker.", "Published: committed as", "nights/n1.html"):
         assert words in text
+    assert "Inbox" not in markdown(a_night(intake=Intake()))
+    assert "Inbox" not in pages.message(a_night(intake=Intake()), recovered=False)[1]
     title, body = pages.message(night, recovered=False)
     assert title.endswith("promoted")
     for words in ("Promoted: better by 1.82 points", "These images are darker.", "Took in 3 images", "Page: .nightly"):
