@@ -7,14 +7,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from flows.terminal import print_pairs, print_prediction, screen
 from tasks.errors import EXIT_INTERRUPTED, Interrupted, NightlyError, describe
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from rich.console import Console
-
-    from tasks.predict import PredictSummary
     from tasks.promote import Entry
 
 #: Exit code of a command that a Ctrl-C ended, as shells have it.
@@ -41,7 +37,7 @@ def configure(
     from flows import configure as presets
     from flows.workspace import find_workspace
 
-    workspace, console = find_workspace(), _console()
+    workspace, console = find_workspace(), screen()
     if show or preset is None:
         for name in presets.preset_names(workspace):
             console.print(presets.preset_summary(workspace, name) or name, soft_wrap=True, highlight=False)
@@ -88,7 +84,7 @@ def retrain(
     if not isinstance(night, Night):
         print(f"skipped: {state.message}", file=sys.stderr)
         raise typer.Exit(EXIT_INTERRUPTED)
-    print_night(night, _console())
+    print_night(night, screen())
 
 
 @app.command(epilog="Example: nightly predict holiday-photos/ --out labels/ --report")
@@ -190,7 +186,7 @@ def predict(
         )
     except TooManyFailed as error:
         summary, failed = error.summary, error
-    _print_prediction(summary, workspace.shown)
+    print_prediction(summary, workspace.shown)
     if failed:
         _fail(str(failed), 3)
 
@@ -213,8 +209,8 @@ def serve() -> None:
 
     runner, deployment_id = flows_serve.register(params)
     flows_serve.require_active(deployment_id, params)
-    _print_pairs(
-        _console(),
+    print_pairs(
+        screen(),
         {
             "schedule": f"'{params.cron}' {params.timezone}, active on {url}",
             "next runs": ", ".join(f"{time:%a %Y-%m-%d %H:%M %Z}" for time in flows_serve.fire_times(params)),
@@ -238,7 +234,7 @@ def history(
     from flows.workspace import find_workspace
     from tasks import promote as registry
 
-    workspace, console = find_workspace(), _console()
+    workspace, console = find_workspace(), screen()
     entries, champion = registry.history(workspace.models), registry.champion_id(workspace.models)
     if not entries:
         console.print("no decisions yet: 'nightly retrain' makes the first")
@@ -291,6 +287,28 @@ def rollback(
         _print_change(champion.roll_back(workspace, model_id, reason))
 
 
+@app.command(epilog="Example: nightly doctor --max-age 36h")
+def doctor(
+    fix: Annotated[bool, typer.Option("--fix", help="Do what is safe to do about it.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON list for machines.")] = False,
+    max_age: Annotated[
+        str | None, typer.Option(metavar="36h", help="Fail if no night ended well within this time.")
+    ] = None,
+) -> None:
+    """Look at everything that a night needs; exit code 1 if something is wrong, with what to do about it."""
+    from flows import doctor as examination
+    from flows.workspace import find_workspace
+
+    workspace = find_workspace()
+    age = examination.hours(max_age) if max_age else None
+    findings = examination.examine(workspace, fix=fix, max_age_hours=age)
+    if as_json:
+        print(examination.as_json(findings))
+    else:
+        examination.show(findings, screen())
+    raise typer.Exit(examination.exit_code(findings))
+
+
 def main() -> None:
     """Run the command line; what the user can mend is one line on stderr, and no traceback."""
     # typer's own base class of usage errors (typer carries its copy of click, or click itself, by version).
@@ -320,20 +338,6 @@ def _fail(message: str, code: int, kind: str = "error") -> None:
     sys.exit(code)
 
 
-def _console() -> "Console":
-    from rich.console import Console
-
-    return Console()
-
-
-def _print_pairs(console: "Console", pairs: dict[str, str]) -> None:
-    from rich.text import Text
-
-    for label, value in pairs.items():
-        # Not wrapped: paths are there to be copied.
-        console.print(Text.assemble((f"{label:<13}", "bold"), value), soft_wrap=True)
-
-
 def _predict_by_flow(source: str, out: str | None, model: Path | None, **chosen: object) -> None:
     from flows.console import calm_terminal
     from tasks.predict import locate
@@ -346,28 +350,7 @@ def _predict_by_flow(source: str, out: str | None, model: Path | None, **chosen:
     # A flow's folders are the workspace's, not those where the command was typed.
     place = out if out is None or "://" in out else str(Path(out).absolute())
     done = flows_predict.predict(source=locate(source), out=place, model=model.absolute() if model else None, **chosen)
-    _print_pairs(_console(), {"files": done.note, "predictions": done.table or ""})
-
-
-def _print_prediction(summary: "PredictSummary", shown: "Callable[[Path], str]") -> None:
-    counts, local = summary.counts, "://" not in summary.out
-    statuses = ", ".join(f"{count:,} {status}" for status, count in counts.statuses.most_common())
-    left_out = ", ".join(f"{count:,} {reason}" for reason, count in summary.left_out.items())
-    resumed = f", {summary.resumed_files:,} of them before" if summary.resumed_files else ""
-    pairs = {
-        "files": f"{counts.files:,} ({statuses}) in {summary.seconds:.1f} s{resumed}",
-        "left out": left_out,
-        "changed": f"{summary.changed_files:,} files since this run was planned: --fresh takes them in"
-        if summary.changed_files
-        else "",
-        "accepted": f"{counts.accepted:,} with a confidence of {summary.threshold:.3f} or more",
-        "model": f"{summary.model_id}, {summary.engine}: {summary.engine_reason}",
-        "drift": " ".join((summary.drift or {}).get("sentences", [])),
-        "predictions": shown(Path(summary.table).resolve()) if local else summary.table,
-        "sorted": summary.sorted or "",
-        "report": shown(Path(summary.report).resolve()) if summary.report and local else summary.report or "",
-    }
-    _print_pairs(_console(), {label: value for label, value in pairs.items() if value})
+    print_pairs(screen(), {"files": done.note, "predictions": done.table or ""})
 
 
 def _print_change(entry: "Entry") -> None:
@@ -375,12 +358,16 @@ def _print_change(entry: "Entry") -> None:
 
 
 def _announce_server() -> None:
-    """Make sure that the configured Prefect server answers, or say that a temporary one starts."""
+    """Make sure that the configured Prefect server answers, or start one that ends with this command."""
     from flows.server import require_answer, server_url
+    from flows.workspace import find_workspace
 
     url = server_url()
     if url is None:
+        from flows.temporary import start_temporary_server
+
         print("starting a temporary Prefect server, about 10 s (PREFECT_API_URL names one that stays)", flush=True)
+        start_temporary_server(find_workspace().state / "logs" / "server.log")
     else:
         require_answer(url)
 
