@@ -80,6 +80,8 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, str]:
     for key, value in values.items():
         if isinstance(value, dict):
             flat |= _flat(value, f"{prefix}{key}.")
+        elif prefix + key == "retrain.notify":
+            flat[prefix + key] = f"{len(value or [])} addresses"  # which hold passwords
         elif value is not None or prefix:  # an empty section is no value
             flat[f"{prefix}{key}"] = value if isinstance(value, str) else json.dumps(value, default=str)
     return flat

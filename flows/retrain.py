@@ -68,11 +68,13 @@ def retrain(predict: Path | None = None, force: bool = False) -> Night:
             try:
                 work(Tonight(workspace, night.run, read_rules(workspace)), night, predict, force)
             except BaseException as error:
-                night.stopped = "interrupted" if isinstance(error, Interrupted | KeyboardInterrupt) else "failed"
+                # A cancel from the UI and a signal are no exceptions of the ordinary kind.
+                stopped = isinstance(error, Interrupted) or not isinstance(error, Exception)
+                night.stopped = "interrupted" if stopped else "failed"
                 night.reason = one_line(error)
                 raise
             finally:
-                tell(workspace, night, logger.info)
+                tell(workspace, night, logger.warning)
                 create_markdown_artifact(key="night", markdown=markdown(night), description=night.headline)
             if night.state == "unchanged" and not night.built:
                 return Completed(name="Skipped", message=f"nothing new: {night.headline}", data=night)
@@ -80,11 +82,16 @@ def retrain(predict: Path | None = None, force: bool = False) -> Night:
     except (Busy, TooLate) as reason:
         logger.info("skipped: %s", reason, extra={"expected": True})
         night.stopped, night.reason = "skipped", one_line(reason)
-        tell(workspace, night, logger.info)
+        tell(workspace, night, logger.warning)
         return Completed(name="Skipped", message=str(reason))
     except Interrupted as reason:
         logger.info("interrupted: %s", reason, extra={"expected": True})
         return interrupted(reason)
+    except (NightlyError, OSError) as error:
+        if night.stopped is None:  # before the night began, by wrong parameters for one
+            night.stopped, night.reason = "failed", one_line(error)
+            tell(workspace, night, logger.warning)
+        raise
 
 
 def work(tonight: Tonight, night: Night, predict: Path | None, force: bool) -> None:

@@ -38,6 +38,10 @@ def read_params_file(path: Path) -> dict[str, Any]:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise NightlyError(f"{path} is missing: put a preset in place with 'nightly configure digits'") from None
+    except yaml.MarkedYAMLError as error:
+        # Not the error's own text, which quotes the line: it may hold a password.
+        where = f" in line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise NightlyError(f"{path} is not valid YAML{where}: {error.problem}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise NightlyError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     if content is None:
