@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
-from prefect import task
+from prefect import get_run_logger, task
 from prefect.cache_policies import NO_CACHE
 from prefect.client.orchestration import get_client
 from prefect.settings import PREFECT_API_URL, temporary_settings
@@ -92,17 +92,22 @@ def run_shards(
         return
     order = prediction.make_order(planned)
     todo, running, failures = deque(shards), deque(), {}
-    with opened(on, address, workers, planned.engine) as runner:
-        while (todo or running) and len(failures) < MANY:
-            while todo and len(running) < IN_FLIGHT:
-                shard = todo.popleft()
-                running.append((shard, runner.submit(classify_shard, {"order": order, "shard": shard})))
-            shard, future = running.popleft()
-            try:
-                advance(future.result())
-            except Exception as error:
-                # Whatever it is, from a file system's error to a worker that died again and again, the others count.
-                failures[shard] = one_line(error)
+    try:
+        with opened(on, address, workers, planned.engine) as runner:
+            while (todo or running) and len(failures) < MANY:
+                while todo and len(running) < IN_FLIGHT:
+                    shard = todo.popleft()
+                    running.append((shard, runner.submit(classify_shard, {"order": order, "shard": shard})))
+                shard, future = running.popleft()
+                try:
+                    advance(future.result())
+                except Exception as error:
+                    # Whatever it is, from a file system's error to workers that died of it, the other shards count.
+                    failures[shard] = one_line(error)
+    except BaseException as stopped:
+        if not isinstance(stopped, Exception):  # a Ctrl-C, or the run was canceled
+            get_run_logger().info("stopped: whole shards are kept, and the same call goes on with the others")
+        raise
     if failures:
         named = "; ".join(f"{part_name(shard)}: {why}" for shard, why in list(failures.items())[:NAMED])
         raise NightlyError(
@@ -132,12 +137,19 @@ def opened(on: Where, address: str | None, workers: int | None, engine: str) -> 
     # Workers report to the server of this flow run, even to a temporary one, of which no setting knows.
     with temporary_settings({PREFECT_API_URL: str(get_client(sync_client=True).api_url)}):
         runner = _dask(address, workers) if on == "dask" else _ray(address, workers)
-        with runner, _share(engine) if on == "ray" and address else contextlib.nullcontext():
+        with contextlib.ExitStack() as stack:
+            try:
+                stack.enter_context(runner)
+            except ConnectionError as error:
+                raise NightlyError(f"{describe(error)}; is RAY_AUTH_MODE the same here as there?") from None
+            if on == "ray" and address:
+                stack.enter_context(_share(engine))
             yield runner
 
 
 def _dask(address: str | None, workers: int) -> TaskRunner:
-    os.environ.setdefault("DASK_LOGGING__DISTRIBUTED", "warning")
+    # A worker that is told to stop in the middle of a shard has pages to say about it.
+    os.environ.setdefault("DASK_LOGGING__DISTRIBUTED", "critical")
     from prefect_dask import DaskTaskRunner
 
     if address:

@@ -16,7 +16,10 @@ from tasks.errors import NightlyError
 from tasks.files import replace_directory, tidy_up
 
 #: What a result consists of; anything else below an address is somebody's and stays.
-OWN = {"plan", "predictions.parquet", "predictions.csv", "predictions.jsonl", "report.html", "summary.json"}
+OWN = (
+    *("plan/plan.json", "plan/files.parquet", "predictions.parquet", "predictions.csv", "predictions.jsonl"),
+    *("report.html", "summary.json"),
+)
 
 
 class Store(abc.ABC):

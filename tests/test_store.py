@@ -78,11 +78,12 @@ def test_clearing_takes_the_result_and_leaves_what_is_beside_it(store):
     store.write("summary.json", b"{}")
     beside = RemoteStore(store.location) if is_remote(store.location) else LocalStore(store.folder.parent)
     beside.write("holiday.jpg", b"pixels")
+    beside.write("plan/of-the-house.jpg", b"pixels")
     store.clear()
     assert store.read("plan/plan.json") is None
     assert store.names("predictions.parquet") == set()
     assert not store.exists("summary.json")
-    assert beside.read("holiday.jpg") == b"pixels"
+    assert beside.read("holiday.jpg") == beside.read("plan/of-the-house.jpg") == b"pixels"
     store.clear()
 
 
