@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from prefect.client.orchestration import SyncPrefectClient
 
-#: How long a run that has left the workspace may take to tell the server so.
+#: How long a run may take to get hold of the workspace, and to tell the server when it has left it.
 REPORTING_TIME = timedelta(minutes=10)
 _ASIDE = re.compile(r"\.(?P<name>.+)\.(?:partial|old)-(?P<pid>\d+)")
 
@@ -256,10 +256,10 @@ def is_at_work(state: Any) -> bool:
 
 
 def may_still_report(run: Run) -> bool:
-    """Tell whether the process of a run that has left the workspace may not have come to tell the server yet."""
+    """Tell whether a run may be alive although it does not hold the workspace: just before or just after it did."""
     fate = run.fate()
-    if fate == "elsewhere" and run.ended:
-        return datetime.now().astimezone() - datetime.fromisoformat(run.ended) < REPORTING_TIME
+    if fate == "elsewhere":
+        return datetime.now().astimezone() - datetime.fromisoformat(run.ended or run.since) < REPORTING_TIME
     return fate == "alive"
 
 

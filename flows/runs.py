@@ -29,7 +29,7 @@ class Run:
         id: the flow run's, on the server.
         mark: tells the process from a later one of the same number, see ``process_mark``.
         host: the machine's name; ``boot`` tells its restarts apart, ``space`` its containers.
-        ended: when it left the workspace in order, ISO 8601; None if it never did, or is still at work.
+        ended: when it ended in order, ISO 8601; None if it never did, or is still at work.
     """
 
     id: str
@@ -56,7 +56,10 @@ class Run:
 
 @contextmanager
 def recorded(workspace: Workspace) -> Iterator[None]:
-    """Note which process the present flow run is, and in the end that it ended in order, however that was."""
+    """Note which process the present flow run is, and in the end that it ended in order, however that was.
+
+    Of a run that is killed before, nobody will know that it is dead: this is the first thing that it does.
+    """
     import prefect.runtime
 
     run_id, name, pid = str(prefect.runtime.flow_run.id), prefect.runtime.flow_run.name, os.getpid()

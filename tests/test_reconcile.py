@@ -10,7 +10,6 @@ import textwrap
 import time
 from contextlib import contextmanager
 from dataclasses import asdict, replace
-from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -380,15 +379,23 @@ def test_a_run_of_a_living_process_stays_and_one_that_is_over_is_forgotten(works
 
 @pytest.mark.slow
 def test_a_run_of_another_machine_is_judged_by_the_lock_and_by_its_own_word(workspace, server):
-    killed, ended, long_ended = on_server(), on_server(), on_server()
-    note(workspace, killed, host="other")
-    note(workspace, ended, host="other", ended=runs.now())
-    before = runs.datetime.now().astimezone() - 2 * reconciling.REPORTING_TIME - timedelta(seconds=1)
-    note(workspace, long_ended, host="other", ended=before.isoformat())
+    before = (runs.datetime.now().astimezone() - 2 * reconciling.REPORTING_TIME).isoformat()
+    noted = {
+        "killed": {"since": before},
+        "just started": {},
+        "just ended": {"since": before, "ended": runs.now()},
+        "ended long ago": {"since": before, "ended": before},
+    }
+    found = {name: on_server(with_task=False) for name in noted}
+    for name, run in found.items():
+        note(workspace, run, host="other", **noted[name])
     assert len(list(mended_runs(workspace))) == 2
-    assert states(killed)[0] == "Crashed"
-    assert states(ended)[0] == "Running"
-    assert states(long_ended)[0] == "Crashed"
+    assert {name: states(run)[0] for name, run in found.items()} == {
+        "killed": "Crashed",
+        "just started": "Running",
+        "just ended": "Running",
+        "ended long ago": "Crashed",
+    }
 
 
 @pytest.mark.slow
