@@ -3,7 +3,7 @@
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 #: Exit code of a command that a Ctrl-C ended, as shells have it.
 _CTRL_C = 130
+#: The result is complete, but has more failures than were allowed.
+EXIT_TOO_MANY_FAILED = 3
 
 app = typer.Typer(
     name="nightly",
@@ -188,7 +190,7 @@ def predict(
         summary, failed = error.summary, error
     print_prediction(summary, workspace.shown)
     if failed:
-        _fail(str(failed), 3)
+        _fail(str(failed), EXIT_TOO_MANY_FAILED)
 
 
 @app.command(epilog="Example: nightly serve")
@@ -333,13 +335,14 @@ def main() -> None:
     sys.exit(code if isinstance(code, int) else 0)
 
 
-def _fail(message: str, code: int, kind: str = "error") -> None:
+def _fail(message: str, code: int, kind: str = "error") -> NoReturn:
     print(f"{kind}: {' '.join(message.split())}", file=sys.stderr, flush=True)
     sys.exit(code)
 
 
 def _predict_by_flow(source: str, out: str | None, model: Path | None, **chosen: object) -> None:
     from flows.console import calm_terminal
+    from tasks.outcome import TooManyFailed
     from tasks.predict import locate
 
     calm_terminal(who_tells="command")
@@ -349,7 +352,12 @@ def _predict_by_flow(source: str, out: str | None, model: Path | None, **chosen:
     _announce_server()
     # A flow's folders are the workspace's, not those where the command was typed.
     place = out if out is None or "://" in out else str(Path(out).absolute())
-    done = flows_predict.predict(source=locate(source), out=place, model=model.absolute() if model else None, **chosen)
+    try:
+        done = flows_predict.predict(
+            source=locate(source), out=place, model=model.absolute() if model else None, **chosen
+        )
+    except TooManyFailed as error:
+        _fail(str(error), EXIT_TOO_MANY_FAILED)
     print_pairs(screen(), {"files": done.note, "predictions": done.table or ""})
 
 

@@ -22,7 +22,7 @@ from tasks.errors import NightlyError
 from tasks.files import write_json
 from tasks.params import parse_section, read_params_file
 from tasks.registry import champion_id, champion_path
-from tasks.store import LocalStore, is_remote, open_store
+from tasks.store import is_remote, open_store
 
 shorten_expected_errors()
 
@@ -58,6 +58,7 @@ def classify(
     *,
     out: str | None = None,
     params: Path | None = None,
+    fresh: bool = False,
 ) -> Predictions:
     """Classify ``source`` in a process of its own, so that its memory is given back.
 
@@ -65,10 +66,12 @@ def classify(
         model: a bundle's directory; None takes the model in service.
         out: a directory or an fsspec address; None takes data/predictions/<run>.
         params: a file with a section ``predict``; None takes params.yaml.
+        fresh: forget an unfinished result.
     """
     out = out or str(workspace.predictions / run)
     command = [sys.executable, "-m", "tasks.predict", str(source), "--out", out]
     command += ["--model", str(model or champion_path(workspace.models)), "--params", str(params or workspace.params)]
+    command += ["--fresh"] if fresh else []
     child.run(
         command,
         name="predict",
@@ -165,9 +168,9 @@ def predict(
     if on == "process":
         if address or workers:
             raise NightlyError("'address' and 'workers' are for on='threads', 'dask' or 'ray', but on is 'process'")
-        if fresh:
-            forget(out)
-        return classify(workspace, run, place, model, out=out, params=with_options(workspace, run, options))
+        return classify(
+            workspace, run, place, model, out=out, params=with_options(workspace, run, options), fresh=fresh
+        )
 
     from flows import runners
     from tasks.outcome import PredictParams
@@ -192,12 +195,3 @@ def with_options(workspace: Workspace, run: str, options: dict[str, Any] | None)
     section = (read_params_file(workspace.params).get("predict") or {}) | options
     write_json(changed, {"predict": section})  # which is YAML, too
     return changed
-
-
-def forget(out: str) -> None:
-    """Remove an unfinished result, unless another process is at work on it."""
-    from tasks.plan import unfinished
-
-    store = unfinished(out)
-    with store.locked() if isinstance(store, LocalStore) else contextlib.nullcontext():
-        store.clear()

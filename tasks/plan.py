@@ -176,7 +176,7 @@ def require_same(plan: Plan, identity: dict[str, Any], where: str) -> None:
     ]
     if differences:
         raise NightlyError(
-            f"{where} holds an unfinished result of another run: {'; '.join(differences)}. "
+            f"{where} holds a result of another run to go on with: {'; '.join(differences)}. "
             "Repeat that run's command to go on with it, give another --out, or start over with --fresh"
         )
 

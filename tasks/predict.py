@@ -227,8 +227,10 @@ def main() -> None:
     parser.add_argument("--out", required=True)
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--params", type=Path, default=Path("params.yaml"))
+    parser.add_argument("--fresh", action="store_true", help="forget an unfinished result")
     args = parser.parse_args()
-    summary = predict(args.source, args.out, args.model, read_section(args.params, "predict", PredictParams))
+    params = read_section(args.params, "predict", PredictParams)
+    summary = predict(args.source, args.out, args.model, params, fresh=args.fresh)
     statuses = ", ".join(f"{count:,} {status}" for status, count in summary.counts.statuses.most_common())
     print(f"classified {summary.counts.files:,} files ({statuses}) with {summary.engine}: {summary.table}")
     for sentence in (summary.drift or {}).get("sentences", []):
