@@ -63,22 +63,11 @@ def retrain(predict: Path | None = None, force: bool = False) -> Night:
     workspace, logger = find_workspace(), get_run_logger()
     night = Night(run=run_id())
     try:
-        refuse_lateness(workspace)
-        with locked(workspace, "nightly retrain"), recorded(workspace):
-            try:
-                work(Tonight(workspace, night.run, read_rules(workspace)), night, predict, force)
-            except BaseException as error:
-                # A cancel from the UI and a signal are no exceptions of the ordinary kind.
-                stopped = isinstance(error, Interrupted) or not isinstance(error, Exception)
-                night.stopped = "interrupted" if stopped else "failed"
-                night.reason = one_line(error)
-                raise
-            finally:
-                tell(workspace, night, logger.warning)
-                create_markdown_artifact(key="night", markdown=markdown(night), description=night.headline)
-            if night.state == "unchanged" and not night.built:
-                return Completed(name="Skipped", message=f"nothing new: {night.headline}", data=night)
-            return night
+        # The record is the first thing, so that a run that is killed at any later moment can be proven dead.
+        with recorded(workspace):
+            refuse_lateness(workspace)
+            with locked(workspace, "nightly retrain"):
+                return carry_through(workspace, night, predict, force)
     except (Busy, TooLate) as reason:
         logger.info("skipped: %s", reason, extra={"expected": True})
         night.stopped, night.reason = "skipped", one_line(reason)
@@ -92,6 +81,24 @@ def retrain(predict: Path | None = None, force: bool = False) -> Night:
             night.stopped, night.reason = "failed", one_line(error)
             tell(workspace, night, logger.warning)
         raise
+
+
+def carry_through(workspace: Workspace, night: Night, predict: Path | None, force: bool) -> Night | State:
+    """Do the night's work and tell how it ended, however it did; a night without anything new is a skipped one."""
+    try:
+        work(Tonight(workspace, night.run, read_rules(workspace)), night, predict, force)
+    except BaseException as error:
+        # A cancel from the UI and a signal are no exceptions of the ordinary kind.
+        stopped = isinstance(error, Interrupted) or not isinstance(error, Exception)
+        night.stopped = "interrupted" if stopped else "failed"
+        night.reason = one_line(error)
+        raise
+    finally:
+        tell(workspace, night, get_run_logger().warning)
+        create_markdown_artifact(key="night", markdown=markdown(night), description=night.headline)
+    if night.state == "unchanged" and not night.built:
+        return Completed(name="Skipped", message=f"nothing new: {night.headline}", data=night)
+    return night
 
 
 def work(tonight: Tonight, night: Night, predict: Path | None, force: bool) -> None:
