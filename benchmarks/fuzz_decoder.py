@@ -40,6 +40,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from tests.hostile import encoded, half_transparent, hostile_images, photo, with_checksums
 
 SLOW_SECONDS, HANG_SECONDS = 2.0, 120.0
+#: An image may take longer if it is large: a file of 700 bytes can be a valid one of 65 million pixels.
+PIXELS_PER_SECOND = 10e6
 #: Growth of the resident memory that is none: allocators never give everything back.
 GROWTH_RATIO, GROWTH_BYTES = 1.1, 20 * 2**20
 POLICIES = [DecodePolicy(size=size, resize=resize) for size, resize in ((32, "squash"), (8, "crop"), (100, "pad"))]
@@ -237,12 +239,12 @@ def fuzz(
                 wrong = "another outcome the second time"
             if wrong is None and warned:
                 wrong = f"warned: {warned.pop().message}"
+            if wrong is None and seconds > max(SLOW_SECONDS, outcome.width * outcome.height / PIXELS_PER_SECOND):
+                wrong = f"took {seconds:.1f} s"
         except Exception as error:
             seconds, wrong = time.thread_time() - start, f"raised {error!r}"
         if seconds > slowest:
             slowest, slowest_number = seconds, number
-        if wrong is None and seconds > SLOW_SECONDS:
-            wrong = f"took {seconds:.1f} s"
         if wrong:
             name = f"{hashlib.sha256(data).hexdigest()[:16]}.bin"
             (save / name).write_bytes(data)

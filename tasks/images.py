@@ -22,8 +22,10 @@ import io
 import logging
 import re
 import struct
+import threading
 import warnings
 import zlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Annotated, Literal
@@ -124,6 +126,40 @@ class Decoded:
     height: int = 0
 
 
+class _Room:
+    """Keeps threads from decoding many large images at once: a pixel takes 24 bytes on its way, 100 million 2.4 GB."""
+
+    PIXELS, SMALL = 200_000_000, 2**22
+
+    def __init__(self) -> None:
+        self._taken, self._changed = 0, threading.Condition()
+
+    @contextlib.contextmanager
+    def taken(self, pixels: int) -> Iterator[None]:
+        """Wait until there is room for an image, or it is alone; a small one needs none."""
+        if pixels <= self.SMALL:
+            yield
+            return
+        with self._changed:
+            self._changed.wait_for(lambda: not self._taken or self._taken + pixels <= self.PIXELS)
+            self._taken += pixels
+        try:
+            yield
+        finally:
+            if _trim:
+                _trim(0)
+            with self._changed:
+                self._taken -= pixels
+                self._changed.notify_all()
+
+
+_room = _Room()
+#: glibc keeps what a thread frees for that thread, so that each would hold a large image's memory for ever.
+_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+#: A JPEG is reduced as it is decoded; a progressive one takes 6 bytes a pixel all the same, others next to nothing.
+_JPEG_SHARE = 8
+
+
 class _Refused(Exception):
     """Why there will be no pixels."""
 
@@ -146,7 +182,8 @@ def decode(data: bytes, policy: DecodePolicy) -> Decoded:
         width, height = image.size if orientation < 5 else image.size[::-1]
         if width * height > policy.max_pixels:
             raise _Refused(Status.TOO_LARGE, f"{width} x {height} pixels, allowed: {policy.max_pixels}")
-        pixels = fit(_upright(_pixels(image, policy), orientation), policy)
+        with _room.taken(width * height // (_JPEG_SHARE if name == "JPEG" else 1)):
+            pixels = fit(_upright(_pixels(image, policy), orientation), policy)
         return Decoded(Status.OK, "", np.require(pixels, requirements="CW"), width, height)
     except _Refused as refusal:
         status, reason = refusal.status, str(refusal)

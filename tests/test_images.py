@@ -5,6 +5,7 @@ import resource
 import struct
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -338,6 +339,32 @@ def test_bombs_cost_no_time_and_no_memory():
             assert time.perf_counter() - start < 2, name
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 20_000
     assert "30000 x 30000" in decode(FILES["bomb.png"][0], POLICY).reason
+
+
+@pytest.mark.parametrize(("side", "most"), [(9_000, 2), (100, 8)])
+def test_only_so_many_large_images_are_decoded_at_once(monkeypatch: pytest.MonkeyPatch, side: int, most: int):
+    everybody, now, seen = threading.Barrier(most), [], []
+
+    def pixels(*_: object) -> np.ndarray:
+        now.append(1)
+        seen.append(len(now))
+        everybody.wait(10)
+        now.pop()
+        raise ValueError("room is given back whatever happens")
+
+    monkeypatch.setattr(tasks.images, "_pixels", pixels)
+    with ThreadPoolExecutor(8) as pool:
+        outcomes = list(pool.map(lambda _: decode(png(side, side, 8, 2, b""), POLICY), range(16)))
+    assert {outcome.reason for outcome in outcomes} == {"PNG: room is given back whatever happens"}
+    assert max(seen) == most
+
+
+def test_an_image_of_more_pixels_than_there_is_room_for_is_decoded_alone(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(tasks.images._Room, "PIXELS", 10)
+    monkeypatch.setattr(tasks.images._Room, "SMALL", 5)
+    with ThreadPoolExecutor(4) as pool:
+        outcomes = list(pool.map(lambda _: decode(FILES["rgb.png"][0], POLICY), range(20)))
+    assert {outcome.status for outcome in outcomes} == {Status.OK}
 
 
 def test_pixel_limit_is_the_policys_alone():
