@@ -22,12 +22,15 @@ import pyarrow.parquet as pq
 from pydantic import ConfigDict
 
 from tasks.errors import NightlyError
+from tasks.images import Status
 from tasks.inputs import Listing
 from tasks.params import Section
 from tasks.store import LocalStore, RemoteStore, Store, is_remote
 
 FORMAT = 1
 PLAN, FILES, PARTS = "plan/plan.json", "plan/files.parquet", "predictions.parquet"
+#: Statuses of which another look may make something else, although the file is as it was.
+_TRANSIENT = {Status.UNREADABLE, Status.VANISHED}
 _FILES_SCHEMA = pa.schema([("path", pa.binary()), ("size", pa.int64()), ("mtime_ns", pa.int64())])
 
 
@@ -132,8 +135,11 @@ def read_plan(store: Store) -> Plan | None:
 def adopt(store: Store, out: str, identity: dict[str, Any], listing: Listing) -> Plan | None:
     """Take over the plan and parts of a complete result ``out`` of the same run on the same, unchanged files.
 
+    Parts with files that could not be read are left behind: permissions and disks are mended without a trace in the
+    listing.
+
     Returns:
-        The plan, with all its parts in ``store``; None if the result is of something else or there is none.
+        The plan, with the parts in ``store``; None if the result is of something else or there is none.
     """
     if not isinstance(store, LocalStore):
         return None
@@ -144,8 +150,10 @@ def adopt(store: Store, out: str, identity: dict[str, Any], listing: Listing) ->
     if missing_shards(result, found):
         return None
     store.clear()
+    parts = [f"{PARTS}/{part_name(shard)}" for shard in range(found.shards)]
+    final = [name for name in parts if not _TRANSIENT & _statuses(result.folder / name)]
     # The plan comes last, since it vouches for the rest.
-    for name in (*(f"{PARTS}/{part_name(shard)}" for shard in range(found.shards)), FILES, PLAN):
+    for name in (*final, FILES, PLAN):
         with (result.folder / name).open("rb") as old, store.writing(name) as new:
             shutil.copyfileobj(old, new)
     return read_plan(store)
@@ -197,6 +205,10 @@ def digest(listing: Listing) -> str:
     for numbers in (listing.sizes, listing.mtimes):
         found.update(np.ascontiguousarray(numbers, np.int64))
     return found.hexdigest()
+
+
+def _statuses(part: Path) -> set[str]:
+    return set(pq.ParquetFile(part).read(columns=["status"])["status"].unique().to_pylist())
 
 
 def _files(store: Store) -> pq.ParquetFile:

@@ -22,6 +22,7 @@ from tasks.outcome import PredictParams
 from tasks.plan import FILES, PARTS, part_name
 from tasks.predict import predict
 from tests.conftest import COLORS, colored_image
+from tests.test_hostile_folder import without_superpowers
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -60,6 +61,17 @@ def test_a_result_is_taken_over_whole_or_not_at_all(folder: Path, exported: Path
     summary = predict(folder, tmp_path / "out", exported, params)
     assert summary.resumed_files == summary.counts.files == 30
     assert len(pq.read_table(tmp_path / "out" / PARTS)) == 30
+
+
+def test_a_complete_result_is_not_taken_over_where_files_could_not_be_read(folder, exported, tmp_path) -> None:
+    (folder / "blue3.png").chmod(0)
+    with without_superpowers():
+        summary = predict(folder, tmp_path / "out", exported, PredictParams(shard_files=4))
+    assert summary.counts.statuses == {"ok": 29, "unreadable": 1}
+    (folder / "blue3.png").chmod(0o644)
+    summary = predict(folder, tmp_path / "out", exported, PredictParams(shard_files=4))
+    assert summary.counts.statuses == {"ok": 30}
+    assert summary.resumed_files == 26
 
 
 def test_what_a_killed_run_unpacked_serves_the_next_one_and_goes(folder, exported, tmp_path, monkeypatch) -> None:
