@@ -186,7 +186,7 @@ def ray_folder(bundle: Bundle, folder: Path, images: int, size: int) -> float:
         def __call__(self, batch: dict) -> dict:
             return {"probabilities": self.model.predict(np.asarray(batch["image"], np.uint8), verbose=0)}
 
-    ray.init(num_cpus=os.cpu_count(), include_dashboard=False, logging_level="ERROR", configure_logging=False)
+    ray.init("local", num_cpus=os.cpu_count(), include_dashboard=False, logging_level="ERROR", configure_logging=False)
     try:
         files = [str(path) for path in sorted(folder.rglob("*.jpg"))[:images]]
         data = ray.data.read_images(files, size=(size, size), mode="RGB")
