@@ -10,6 +10,7 @@ os.environ.setdefault("NO_COLOR", "1")
 
 import io
 import json
+import signal
 import tarfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +18,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
+# A shell's background job ignores Ctrl-C, and so would every process that a test starts.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 COLORS = {"blue": (40, 60, 200), "green": (50, 190, 70), "red": (200, 50, 40)}
 IMAGE_SIZE = 8
