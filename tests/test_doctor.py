@@ -24,12 +24,10 @@ from tasks import promote
 from tasks.bundle import load_bundle
 from tasks.errors import NightlyError
 from tasks.files import read_json, write_json
-from tests import test_flows
 from tests.miniature import Miniature, export
 from tests.object_store import s3
 from tests.test_reconcile import note, on_server, states
 
-server = test_flows.server
 #: What is about this machine and not about the workspace.
 ELSEWHERE = {"software", "telemetry", "server", "runs", "slots", "schedule"}
 

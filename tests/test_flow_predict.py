@@ -25,12 +25,10 @@ from tasks.inputs import open_input
 from tasks.outcome import PredictParams
 from tasks.plan import PARTS, missing_shards, part_name, unfinished
 from tasks.predict import predict as classify
-from tests import test_flows
 from tests.conftest import COLORS, colored_image
 from tests.object_store import s3
 
 #: One temporary Prefect server for all of a process's tests.
-server = test_flows.server
 SHARD_FILES = 5
 
 

@@ -24,26 +24,6 @@ from tests.miniature import Miniature
 pytestmark = pytest.mark.slow
 
 
-@pytest.fixture(scope="session")
-def server():
-    """One temporary Prefect server for all tests; yields its address."""
-    from prefect.settings import PREFECT_API_URL, PREFECT_SERVER_ALLOW_EPHEMERAL_MODE, temporary_settings
-    from prefect.testing.utilities import prefect_test_harness
-
-    import flows  # noqa: F401  telemetry off before Prefect is imported
-
-    with (
-        prefect_test_harness(server_startup_timeout=180),
-        temporary_settings({PREFECT_SERVER_ALLOW_EPHEMERAL_MODE: True}),
-    ):
-        from prefect.client.orchestration import get_client
-
-        with get_client(sync_client=True) as client:
-            url = str(client.api_url).rstrip("/")
-        with temporary_settings({PREFECT_API_URL: url}):
-            yield url
-
-
 @pytest.fixture
 def workspace(tmp_path, monkeypatch, server):
     monkeypatch.chdir(tmp_path)

@@ -26,10 +26,8 @@ from tasks.errors import NightlyError
 from tasks.files import write_json
 from tasks.inputs import Listing
 from tasks.plan import unfinished, write_plan
-from tests import test_flows
 from tests.miniature import Miniature
 
-server = test_flows.server
 DVC_LOCK = "schema: '2.0'\nstages: {}\n"
 POINTER = "outs:\n- md5: 2d8b540652193c4a653cb6a3f9325132.dir\n  path: m1\n"
 
