@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-import jinja2
 from markupsafe import Markup
 from natsort import natsorted
 
@@ -115,18 +114,13 @@ def write_night_page(destination: Path, workspace: Workspace, night: Night, reco
     Args:
         records: the nights on record, this one included, oldest first.
     """
-    folder = Path(__file__).parent
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader([folder / "templates", folder.parent / "tasks" / "templates"]),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters.update(percent=pages.percent, counted=pages.counted, duration=duration, moment=moment)
     values = _Page(workspace, night, destination.parent).values()
     last = [(record, (destination.parent / f"{record.run}.html").is_file()) for record in reversed(records[-NIGHTS:])]
-    write_text(destination, environment.get_template("night.html").render(values, last=last) + "\n")
+    filters = {"duration": duration, "moment": moment}
+    page = pages.render(
+        "night.html", folders=[Path(__file__).with_name("templates")], filters=filters, last=last, **values
+    )
+    write_text(destination, page)
 
 
 @dataclass(frozen=True)

@@ -32,22 +32,6 @@ def run_id() -> str:
     return f"{datetime.now():%Y%m%d-%H%M%S}"
 
 
-def choose_out(predictions: Path, source: str) -> Path:
-    """Return where to put the result: in the newest unfinished one of the same source, else in a new folder.
-
-    Whether it is one of the same model and options, the prediction itself makes sure of.
-    """
-    from tasks.plan import read_plan, unfinished
-    from tasks.predict import locate
-
-    for folder in sorted(predictions.glob(".*.unfinished"), reverse=True):
-        out = predictions / folder.name.removeprefix(".").removesuffix(".unfinished")
-        plan = read_plan(unfinished(str(out)))
-        if plan is not None and plan.identity["source"] == locate(source):
-            return out
-    return predictions / run_id()
-
-
 @task(name="predict", task_run_name="predict", cache_policy=NO_CACHE, persist_result=False)
 def classify(
     workspace: Workspace,
@@ -161,6 +145,8 @@ def predict(
         if not Path(place).exists() and not has_magic(place):
             raise NightlyError(f"there is nothing at '{place}': give a folder of images, or another kind of source")
     if out is None:
+        from tasks.predict import choose_out
+
         out = str(choose_out(workspace.predictions, place))
     elif not is_remote(out):
         out = str(workspace.root / out)

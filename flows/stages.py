@@ -18,7 +18,7 @@ Emit = Callable[[str], None]
 Result = TypeVar("Result")
 
 #: How DVC says that another of its processes works here. It gives up after three seconds; we wait.
-_BUSY = ("Unable to acquire lock", "is busy, it is being blocked by")
+BUSY = ("Unable to acquire lock", "is busy, it is being blocked by")
 _BETWEEN_TRIES_SECONDS = 2.0
 
 #: What DVC says about itself and what is reported otherwise: kept in the log file, not streamed.
@@ -65,7 +65,7 @@ def stale_stages(root: Path, names: list[str], patience_seconds: float = 0.0, em
 
     A stage that only depends on such a one is not among them.
     """
-    status = _patiently(lambda: _dvc(root, "status", "--json", *names), patience_seconds, emit)
+    status = patiently(lambda: _dvc(root, "status", "--json", *names), patience_seconds, emit)
     return set(json.loads(status or "{}")) & set(names)
 
 
@@ -89,7 +89,7 @@ def reproduce(
         Interrupted: the stage stopped early, and goes on from there the next time.
         StageFailed: the stage failed; the message is what it said last.
     """
-    command = [*_program(), "repro", "--single-item", *(["--force"] if force else []), stage]
+    command = [*program(), "repro", "--single-item", *(["--force"] if force else []), stage]
 
     def attempt() -> Outcome:
         outcome = Outcome.ran
@@ -101,7 +101,7 @@ def reproduce(
                 outcome = Outcome.unchanged
             elif line.startswith(f"Stage '{stage}' is cached - skipping run"):
                 outcome = Outcome.restored
-            elif line.startswith("ERROR: ") and any(sign in line for sign in _BUSY):
+            elif line.startswith("ERROR: ") and any(sign in line for sign in BUSY):
                 busy = line.removeprefix("ERROR: ").removeprefix(f"failed to reproduce '{stage}': ")
             elif busy and line.startswith("  (PID "):
                 busy += line.removeprefix(" ")
@@ -124,13 +124,13 @@ def reproduce(
             raise
         return outcome
 
-    return _patiently(attempt, patience_seconds, emit)
+    return patiently(attempt, patience_seconds, emit)
 
 
 def track(root: Path, path: Path, patience_seconds: float = 0.0, emit: Emit = print) -> None:
     """Put a file or directory under DVC's care: its content in the cache, a ``.dvc`` file beside it for git."""
     # Otherwise DVC deletes it, copies it back from the cache and writes the pointer last: a kill would lose it.
-    _patiently(lambda: _dvc(root, "add", "--quiet", "--no-relink", str(path.relative_to(root))), patience_seconds, emit)
+    patiently(lambda: _dvc(root, "add", "--quiet", "--no-relink", str(path.relative_to(root))), patience_seconds, emit)
 
 
 def fetch(root: Path, path: Path) -> None:
@@ -138,11 +138,12 @@ def fetch(root: Path, path: Path) -> None:
     _dvc(root, "pull", "--quiet", f"{path.relative_to(root)}.dvc")
 
 
-def _program() -> list[str]:
+def program() -> list[str]:
+    """Return how DVC is called."""
     return [sys.executable, "-m", "dvc"]
 
 
-def _patiently(attempt: Callable[[], Result], patience_seconds: float, emit: Emit) -> Result:
+def patiently(attempt: Callable[[], Result], patience_seconds: float, emit: Emit) -> Result:
     """Return ``attempt()``, trying again for a while as long as another DVC command is in the way."""
     deadline = time.monotonic() + patience_seconds
     told = False
@@ -163,7 +164,7 @@ def _patiently(attempt: Callable[[], Result], patience_seconds: float, emit: Emi
 def _dvc(root: Path, *arguments: str) -> str:
     """Return the standard output of a short DVC command."""
     done = subprocess.run(
-        [*_program(), *arguments],
+        [*program(), *arguments],
         cwd=root,
         env={**os.environ, "NO_COLOR": "1"},
         stdin=subprocess.DEVNULL,
@@ -176,7 +177,7 @@ def _dvc(root: Path, *arguments: str) -> str:
     lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
     starts = [number for number, line in enumerate(lines) if line.startswith("ERROR: ")]
     message = " ".join(lines[starts[0] if starts else 0 :]).removeprefix("ERROR: ")
-    if any(sign in message for sign in _BUSY):
+    if any(sign in message for sign in BUSY):
         raise DvcBusy(message)
     if "is not a git repository" in message:
         message += ": run 'git init' there, or work in a clone"

@@ -98,16 +98,16 @@ def _run(
 
     def attempt() -> list[str]:
         lines: list[str] = []
-        command = [*stages._program(), *arguments]
+        command = [*stages.program(), *arguments]
         try:
             child.run(command, name=name, root=root, log=log, emit=lines.append, limit_seconds=limit_seconds)
         except StageFailed as failure:
             errors = [line.removeprefix("ERROR: ") for line in lines if line.startswith("ERROR: ")]
             if any(_NO_REMOTE in line for line in errors):
                 raise NoRemote(f"{name}: {_NO_REMOTE}") from None
-            if busy := [line for line in errors if any(sign in line for sign in stages._BUSY)]:
+            if busy := [line for line in errors if any(sign in line for sign in stages.BUSY)]:
                 raise DvcBusy(busy[0]) from None
             raise StageFailed(f"{name}: {errors[-1]}" if errors else str(failure)) from None
         return lines
 
-    return stages._patiently(attempt, patience_seconds, emit)
+    return stages.patiently(attempt, patience_seconds, emit)

@@ -116,7 +116,10 @@ def _answer(address: str, request: Callable[[], Answer]) -> Answer:
 
 
 def _persistently(request: Callable[[], Answer]) -> Answer:
-    """Return what a request gives, after some tries; what is not there or not allowed is asked for once."""
+    """Return what a request gives, after some tries; what is not there or not allowed is asked for once.
+
+    Each protocol has errors of its own, so all are waited out; that of the last try is the caller's.
+    """
     for seconds in RETRY_SECONDS:
         try:
             return request()

@@ -7,7 +7,7 @@ in a ``<data data-metric="...">`` element with its exact value, so that a page c
 import base64
 import io
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +20,18 @@ PIXELATED_SIZE = 64
 LARGEST_THUMBNAIL = 112
 
 
-def render(template: str, **values: Any) -> str:
-    """Return a page from ``tasks/templates``; a name that the template wants and lacks is an error."""
+def render(
+    template: str, *, folders: Sequence[Path] = (), filters: Mapping[str, Callable] | None = None, **values: Any
+) -> str:
+    """Return a page from ``folders`` or ``tasks/templates``; a name that the template wants and lacks is an error."""
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).with_name("templates")),
+        loader=jinja2.FileSystemLoader([*folders, Path(__file__).with_name("templates")]),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(percent=percent, counted=counted)
+    environment.filters.update(percent=percent, counted=counted, **(filters or {}))
     return environment.get_template(template).render(values) + "\n"
 
 

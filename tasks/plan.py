@@ -29,6 +29,8 @@ from tasks.store import LocalStore, RemoteStore, Store, is_remote
 
 FORMAT = 1
 PLAN, FILES, PARTS = "plan/plan.json", "plan/files.parquet", "predictions.parquet"
+#: Written last: it is there exactly if a result is complete.
+SUMMARY = "summary.json"
 #: Statuses of which another look may make something else, although the file is as it was.
 _TRANSIENT = {Status.UNREADABLE, Status.VANISHED}
 _FILES_SCHEMA = pa.schema([("path", pa.binary()), ("size", pa.int64()), ("mtime_ns", pa.int64())])

@@ -22,12 +22,12 @@ from tasks.images import decode
 from tasks.inputs import Input, open_input
 from tasks.outcome import PredictParams, PredictSummary, TooManyFailed
 from tasks.params import read_section
-from tasks.plan import PARTS
+from tasks.plan import PARTS, SUMMARY
 from tasks.prediction import Prediction, plan_prediction, run_shards
 from tasks.progress import progress
 from tasks.store import LocalStore, RemoteStore, is_remote
 
-SUMMARY, REPORT = "summary.json", "report.html"
+REPORT = "report.html"
 THUMBNAIL_PIXELS = 96
 _OWN = {"plan", PARTS, SUMMARY, REPORT, *tables.TABLES.values()}
 

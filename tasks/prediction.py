@@ -91,6 +91,9 @@ def plan_prediction(
         plan.require_same(found, identity, out)
     listing = files.find(params.include, params.exclude)
     changed = 0
+    # At an address a complete result is where an unfinished one is, and its rows are of the files as they were then.
+    if found is not None and plan.digest(listing) != found.listing and store.exists(plan.SUMMARY):
+        found = None
     if found is None:
         if not listing.paths:
             reasons = {"hidden or side files": listing.side_files, "left out by include and exclude": listing.excluded}

@@ -29,7 +29,9 @@ import tasks.objects
 from tasks.errors import NightlyError
 from tasks.images import Status
 from tasks.inputs import Fetched, Input, Listing, matcher, natural_order, open_input, read_file
+from tests import test_archives
 from tests.hostile import encoded, hostile_images, photo
+from tests.test_archives import make_zip
 
 MEGABYTE = 2**20
 #: A name in each of the ways that a file system allows and programs forget.
@@ -509,17 +511,7 @@ def tar_member(name: str, data: bytes = b"", **attributes: object) -> tuple[tarf
 
 def make_tar(path: Path, members: object, mode: str = "w", **options: object) -> Path:
     members = [tar_member(name, data) for name, data in members.items()] if isinstance(members, dict) else members
-    with tarfile.open(path, mode, **options) as tar:
-        for info, data in members:
-            tar.addfile(info, io.BytesIO(data))
-    return path
-
-
-def make_zip(path: Path, members: dict[str, bytes], **options: object) -> Path:
-    with zipfile.ZipFile(path, "w", **options) as made:
-        for name, data in members.items():
-            made.writestr(name, data)
-    return path
+    return test_archives.make_tar(path, *members, mode=mode, **options)
 
 
 def archive_of(kind: str, path: Path, members: dict[str, bytes] = MEMBERS) -> Path:

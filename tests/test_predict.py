@@ -279,6 +279,18 @@ def test_rows_of_unchanged_files_are_taken_over_from_a_complete_result(folder, e
     assert run(folder, exported, tmp_path / "out")[0].resumed_files == 0
 
 
+def test_a_complete_result_at_an_address_is_made_anew_when_files_change(folder, exported):
+    from tasks.store import open_store
+
+    out = "memory://results/anew"
+    assert predict(folder, out, exported, PredictParams()).resumed_files == 0
+    assert predict(folder, out, exported, PredictParams()).resumed_files == 12
+    (folder / "red" / "900.png").unlink()
+    summary = predict(folder, out, exported, PredictParams())
+    assert (summary.resumed_files, summary.changed_files, summary.counts.files) == (0, 0, 11)
+    open_store(out).clear()
+
+
 def leave_unfinished(folder, exported, out, monkeypatch, **params):
     import tasks.predict
 
