@@ -20,6 +20,7 @@ class RetrainParams(JudgeParams):
         stage_time_limit_hours: a stage that runs longer is stopped; a training goes on with the next run.
         stop_grace_seconds: how long a stage that has to stop may take to save its work before it is killed.
         download_retries: further attempts at the download stage, the only one that is retried.
+        download_retry_delay_seconds: the wait before each of them.
         dvc_patience_minutes: how long to wait for another DVC command in the workspace.
         maximum_lateness_hours: a scheduled run that starts later than this is skipped, so that three nights
             without power do not become three retrainings in a row.

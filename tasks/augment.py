@@ -35,9 +35,15 @@ BATCH = 128
 class EraserParams(Section):
     """The random eraser (Zhong et al. 2017, arXiv 1708.04896), by the names of the notebook's function.
 
-    ``p`` is the share of images erased, 0 turns it off; ``s_l``..``s_h`` is the rectangle's share of the
-    image's area, ``r_1``..``r_2`` its height / width, ``v_l``..``v_h`` the gray it is filled with, in pixel
-    values 0..255; with ``pixel_level`` it is noise instead, each pixel and channel its own value.
+    Attributes:
+        p: share of the images that are erased; 0 turns it off.
+        s_l: smallest share of the image's area.
+        s_h: largest share of it.
+        r_1: smallest height / width of the rectangle.
+        r_2: largest height / width.
+        v_l: smallest gray that it is filled with, a pixel value.
+        v_h: largest one.
+        pixel_level: fill it with noise instead, each pixel and channel with a value of its own.
     """
 
     p: float = Field(0.25, ge=0, le=1)
@@ -62,12 +68,15 @@ class EraserParams(Section):
 class AugmentParams(Section):
     """What happens to training images, in this order; a class must survive it (a mirrored digit is none).
 
-    Shifts are uniform in -``shift_pixels``..``shift_pixels`` on both axes; ``shift_fill`` says what comes in
-    over the edge: its last pixel repeated, the mirrored image (good for photographs, but it brings bits of a
-    digit's strokes back in), or black. A flip happens to half of the images.
-
-    ``copies``: augmented copies of the training split written for training on cached features, which a frozen
-    backbone computes once; each costs as much disk as the split, and as much computing of features.
+    Attributes:
+        flip_horizontal: mirror half of the images left to right.
+        flip_vertical: turn half of them upside down.
+        shift_pixels: shifts are uniform in minus to plus so many pixels on both axes.
+        shift_fill: what comes in over the edge: its last pixel repeated (``edge``), the mirrored image (``reflect``:
+            good for photographs, but it brings bits of a digit's strokes back in), or black (``constant``).
+        eraser: a rectangle of each chosen image is filled.
+        copies: augmented copies of the training split, written for training on cached features, which a frozen backbone
+            computes once; each costs as much disk as the split, and as much computing of features.
     """
 
     flip_horizontal: bool = False

@@ -26,8 +26,9 @@ REFERENCE_FILE = "reference.npz"
 class Limits(Section):
     """How far an engine may be from Keras in float32 and still be offered for prediction.
 
-    ``minimum_agreement`` is the share of images that must get the same label; ``maximum_loss`` the accuracy, 0..1,
-    that may be lost.
+    Attributes:
+        minimum_agreement: share of images that must get the same label.
+        maximum_loss: accuracy, 0..1, that may be lost.
     """
 
     minimum_agreement: float = Field(0.995, ge=0, le=1)

@@ -13,15 +13,21 @@ from tasks.weights import find_weights, load_weights
 class ModelParams(Section):
     """The network's shape.
 
-    ``backbone`` is one of ``tasks.resnet``: resnet18 to resnet152, plain18 and plain34 for images of 32 px or more
-    as the backbone sees them, better 128 and up; resnet20 to resnet110 and plain20 to plain56 for small images.
-    ``doublings`` upsample the image by 2 each, inside the model: three turn CIFAR-10's 32 px into 256 px.
-    ``weights`` is null for random ones, ``imagenet`` (resnet50, resnet101, resnet152), or the path of a ``.h5``,
-    ``.weights.h5`` or ``.keras`` file that fits the backbone without its top, or of a whole model of ours
-    (``.keras``). ``head_units`` are the widths of the dense ReLU layers between the pooled features and the
-    softmax, each followed by ``dropout``.
-    ``batch_normalization_momentum`` is that of the backbone: Keras's 0.99 needs several hundred steps before
-    the moving averages mean anything, so short runs want 0.9.
+    Attributes:
+        backbone: resnet18 to resnet152, plain18 and plain34 are for images of 32 px or more as the backbone sees them,
+            better 128 and up; resnet20 to resnet110 and plain20 to plain56 are for small images.
+        weights: null for random ones, ``imagenet`` (resnet50, resnet101, resnet152), or the path of a ``.h5``,
+            ``.weights.h5`` or ``.keras`` file that fits the backbone without its top, or of a whole model of ours
+            (``.keras``).
+        weights_sha256: of that file, 64 hex digits.
+        doublings: times that the image is upsampled by 2, inside the model: three turn CIFAR-10's 32 px into 256 px.
+        interpolation: how it is upsampled.
+        pool: what the head gets: the mean of the backbone's last feature map (``avg``), or all of it (``flatten``).
+        head_units: widths of the dense ReLU layers between the pooled features and the softmax.
+        head_batch_normalization: one before each of the head's dense layers, the softmax's included.
+        dropout: share of units dropped after each of ``head_units``, in training.
+        batch_normalization_momentum: the backbone's. Keras's 0.99 needs several hundred steps before the moving
+            averages mean anything, so short runs want 0.9.
     """
 
     backbone: Literal[*NETWORKS] = "resnet50"

@@ -37,12 +37,18 @@ COPY_BYTES = 2**22
 class DownloadParams(TransferParams):
     """Where the images come from, and what is known of them beforehand.
 
-    ``digits`` is embedded and takes no address. ``cifar10`` (the binary archive) and ``folder`` (a directory,
-    tar or zip of ``<class>/<image>`` or ``train|test/<class>/<image>``) take ``urls``, tried in order, each
-    http(s), file:// or a local path; or one local ``path``. If ``cifar10`` comes with none of ``sha256``,
-    ``md5`` and ``size_bytes``, those of the original archive hold.
-
-    The ``max_`` limits hold for what an archive unpacks to, ``max_total_bytes`` for the file itself as well.
+    Attributes:
+        source: ``digits`` is embedded and takes no address; ``cifar10`` is the binary archive; ``folder`` is a
+            directory, tar or zip of ``<class>/<image>`` or ``train|test/<class>/<image>``.
+        urls: addresses of the same archive, tried in order, each http(s)://, file:// or a local path.
+        path: one local file or directory, in place of ``urls``.
+        sha256: of the archive, 64 hex digits. If ``cifar10`` comes with none of ``sha256``, ``md5`` and ``size_bytes``,
+            those of the original archive hold.
+        md5: of the archive, 32 hex digits.
+        size_bytes: of the archive.
+        max_member_bytes: that one file of the archive may unpack to.
+        max_total_bytes: that all its files together may unpack to, and that the archive itself may have.
+        max_members: files and folders that it may hold.
     """
 
     source: Literal["digits", "cifar10", "folder"] = "digits"

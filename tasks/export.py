@@ -40,10 +40,14 @@ CALIBRATION_SEED = 0
 class ExportParams(Limits):
     """What is written beside the Keras model, and how well it must agree.
 
-    An OpenVINO engine beyond ``minimum_agreement`` or ``maximum_loss`` on the validation split is written down but not
-    offered; in float32 that fails the stage. ``int8`` costs the time of a quantization, ten to thirty seconds.
-    ``accepted_precision`` sets the bundle's confidence threshold: of the validation images at or above it, at least
-    this share is right.
+    An OpenVINO engine beyond the limits on the validation split is written down but not offered; in float32 that fails
+    the stage.
+
+    Attributes:
+        openvino: write OpenVINO engines, the fast way to classify on a CPU.
+        int8: a quantized one, too; it costs ten to thirty seconds.
+        accepted_precision: sets the bundle's confidence threshold: of the validation images at or above it, at least
+            this share is right.
     """
 
     openvino: bool = True

@@ -15,10 +15,20 @@ from tasks.tables import Counts
 class PredictParams(Section):
     """How images are classified.
 
-    ``engine`` auto is Keras where a GPU is present, else OpenVINO; ``precision`` auto is the fastest that agreed with
-    Keras and this processor has. ``threshold`` null takes the bundle's. Of ``formats``, Parquet is always written.
-    ``max_failed`` (``20`` files or ``2%``) and ``strict`` (none) decide whether the command fails in the end; the
-    result is written all the same. ``include`` and ``exclude`` are patterns as in .gitignore.
+    Attributes:
+        engine: auto is Keras where a GPU is present, else OpenVINO.
+        precision: auto is the fastest that agreed with Keras and that this processor has.
+        top_k: labels per image, with their probabilities.
+        all_probabilities: of every class, in place of ``top_k``.
+        threshold: smallest confidence that is ``accepted``; null takes the bundle's.
+        include: only files like these, patterns as in .gitignore.
+        exclude: no files like these.
+        formats: what is written; Parquet always is.
+        report: write report.html, a gallery to look at.
+        strict: the command fails in the end if any file fails; the result is written all the same.
+        max_failed: it fails in the end if more files fail, such as ``20`` or ``2%``.
+        shard_files: files in one part, which is what a rerun goes on with and what a worker of a cluster takes.
+        batch_size: images per inference batch of Keras; null leaves it to the engine, as OpenVINO's always is.
     """
 
     engine: Literal["auto", "keras", "openvino"] = "auto"

@@ -36,9 +36,19 @@ MAXIMUM_EXAMPLES = 200
 class PrepareParams(Section):
     """How source images become arrays, and what is too little or too broken to train on.
 
-    The split is a function of each image's content: ``test_fraction`` and ``validation_fraction`` are shares of
-    the space of hashes, so adding images never moves an old one. A source's own test split stays as it is.
-    ``expected_classes``, if given, must be exactly the classes found.
+    The split is a function of each image's content, so adding images never moves an old one. A source's own test split
+    stays as it is.
+
+    Attributes:
+        decode: how image files become pixels; it goes into the model's bundle, and prediction does the same.
+        normalization: what the model's first layer does: ``unit`` is x/255; ``caffe`` is what keras.applications'
+            ImageNet ResNet50 was trained on; ``standardize`` takes mean and standard deviation of the training split.
+        validation_fraction: share of the images, by their hash, that training is watched and calibrated with.
+        test_fraction: share that is the frozen test set, where the source brings none of its own; the two together must
+            be below 1.
+        minimum_images_per_class: for training; fewer stop the run.
+        maximum_unreadable_fraction: share of damaged files; more stop the run.
+        expected_classes: if given, exactly these must be found.
     """
 
     decode: DecodePolicy = DecodePolicy(size=32)

@@ -10,8 +10,13 @@ from tasks.params import Section
 class ProbeParams(Section):
     """How a head is trained on the frozen backbone's features, which are computed once.
 
-    ``precision`` is that of the features on a CPU: ``auto`` is bfloat16 where the processor computes in it, else
-    float32; ``int8`` quantizes the backbone with a sample of the training images. On a GPU Keras computes them.
+    Attributes:
+        epochs: passes over the features.
+        batch_size: rows of features per step.
+        learning_rate: Adam's, without warm-up; how it falls, and the loss, are ``train``'s.
+        weight_decay: decoupled, as ``train.weight_decay`` is, and of weights for standardized features.
+        precision: of the features on a CPU: ``auto`` is bfloat16 where the processor computes in it, else float32;
+            ``int8`` quantizes the backbone with a sample of the training images. On a GPU Keras computes them.
     """
 
     epochs: int = Field(30, ge=1)
@@ -24,22 +29,41 @@ class ProbeParams(Section):
 class TrainParams(Section):
     """How the classifier is trained.
 
-    ``recipe``: ``finetune`` trains every layer; ``probe`` trains the head on the features of a frozen backbone;
-    ``probe-then-finetune`` does one after the other, so that a random head does not spoil a trained backbone.
-    ``learning_rate`` is the peak, ``head_learning_rate`` that of the layers after the pooling (null: the same);
-    ``cosine`` lets both fall to zero after ``warmup_epochs`` of linear rise. ``weight_decay`` is decoupled, on
-    kernels only: each step takes ``learning_rate * weight_decay`` of them away. (With SGD's momentum m, L2 in the
-    loss as papers give it corresponds to 1 / (1 - m) times its figure here.)
-    ``mixup_alpha`` and ``cutmix_alpha`` are the Beta distribution's parameter, 0 for none; with both, each batch
-    draws one of the two. ``ema_momentum`` keeps a moving average of the weights, which is what is validated and saved.
-    ``low_resolution_epochs`` first train with one doubling less, at a quarter of the cost.
-    ``warm_start`` begins with the weights of the model in service, if there is one that fits.
-    ``keep`` says which epoch's weights become the model: the one of the lowest validation loss, or the last.
+    Of what is about the machine, null lets it be chosen for the device, and the choice is printed.
 
-    The rest is about the machine; null lets it be chosen for the device, and the choice is printed.
-    ``precision`` is Keras's dtype policy in training; the saved model is float32 either way.
-    ``data_on_device`` keeps the training images in the device's memory. ``deterministic`` makes the same seed on
-    the same machine give the same weights, also where a GPU's fastest kernels would not.
+    Attributes:
+        recipe: ``finetune`` trains every layer; ``probe`` trains the head on the features of a frozen backbone;
+            ``probe-then-finetune`` does one after the other, so that a random head does not spoil a trained backbone.
+        probe: the head's own training; ``finetune`` does without.
+        epochs: passes over the training split.
+        low_resolution_epochs: the first so many have one doubling less, at a quarter of the cost.
+        batch_size: images per step, of all devices together.
+        optimizer: ``sgd`` is with Nesterov's momentum.
+        learning_rate: its peak.
+        head_learning_rate: that of the layers after the pooling; null: the same.
+        momentum: of ``sgd``.
+        weight_decay: decoupled, on kernels only: each step takes ``learning_rate * weight_decay`` of them away. (With
+            SGD's momentum m, L2 in the loss as papers give it corresponds to 1 / (1 - m) times its figure here.)
+        schedule: ``cosine`` lets the rate fall to zero after the warm-up.
+        warmup_epochs: of linear rise; parts of an epoch count.
+        loss: between the targets and the probabilities.
+        label_smoothing: share of each target that is spread over all classes.
+        mixup_alpha: the Beta distribution's parameter, 0 for none; with cutmix, too, each batch draws one of the two.
+        cutmix_alpha: likewise.
+        ema_momentum: keeps a moving average of the weights, which is what is validated and saved; null for none.
+        freeze_batch_normalization: the backbone's layers keep the statistics that they came with.
+        warm_start: begin with the weights of the model in service, if there is one that fits.
+        keep: which epoch's weights become the model: that of the lowest validation loss, or the last.
+        early_stopping_epochs: stop after so many without a lower validation loss; null: never.
+        seed: of the order of the images, the augmentation, the random weights.
+        precision: Keras's dtype policy in training; the saved model is float32 either way.
+        jit_compile: compile the step with XLA.
+        steps_per_execution: steps between two returns to Python.
+        data_on_device: keep the training images in the device's memory.
+        deterministic: the same seed on the same machine gives the same weights, also where a GPU's fastest kernels
+            would not.
+        require_gpu: fail in seconds rather than train on the CPU all night.
+        checkpoint_seconds: between two checkpoints; never so often that writing takes more than a fiftieth of the time.
     """
 
     recipe: Literal["finetune", "probe", "probe-then-finetune"] = "finetune"

@@ -27,9 +27,12 @@ LOOPBACK = ("all://localhost", "all://127.0.0.1", "all://[::1]")
 class TransferParams(Section):
     """How patient a download is with a mirror.
 
-    A mirror is left for the next one when it stays below ``minimum_bytes_per_second`` for
-    ``minimum_rate_seconds`` (0 bytes: never), or after ``attempts`` in a row that brought less than 1 MiB.
-    Silence of ``timeout_seconds`` ends an attempt. Waits between attempts double from ``retry_wait_seconds``.
+    Attributes:
+        attempts: so many in a row that bring less than 1 MiB each end a mirror's turn.
+        retry_wait_seconds: before the second attempt; each further wait is twice as long, up to 30 s.
+        timeout_seconds: silence that ends an attempt.
+        minimum_bytes_per_second: a mirror that stays below this is left for the next one; 0: never.
+        minimum_rate_seconds: how long it may stay below.
     """
 
     attempts: int = Field(4, ge=1, le=100)
