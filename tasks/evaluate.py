@@ -4,6 +4,7 @@ import argparse
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,9 @@ from tasks.files import publish_directory, read_json, write_json, write_text
 from tasks.params import Section, read_section
 from tasks.progress import progress
 from tasks.report import Picture, ReportData, render_report
+
+#: Classes whose probabilities a picture shows.
+TOP = 3
 
 
 class EvaluateParams(Section):
@@ -264,7 +268,18 @@ def _write_plots(folder: Path, evaluation: Evaluation) -> None:
     calibration.to_csv(folder / "calibration.csv", index=False, lineterminator="\n")
 
 
-def _report_data(evaluation: Evaluation, bundle: Bundle, images: np.ndarray, params: EvaluateParams) -> ReportData:
+def _report_data(
+    evaluation: Evaluation,
+    bundle: Bundle,
+    images: np.ndarray,
+    params: EvaluateParams,
+    heats: Mapping[int, np.ndarray] = MappingProxyType({}),
+) -> ReportData:
+    """Gather what the report shows.
+
+    Args:
+        heats: ``Picture.heat`` by index, for as many of ``evaluation.mistakes`` and ``evaluation.hits`` as there are.
+    """
     notes = []
     if bundle.test_digest != evaluation.metrics["test_digest"]:
         notes.append(
@@ -277,8 +292,8 @@ def _report_data(evaluation: Evaluation, bundle: Bundle, images: np.ndarray, par
         classes=bundle.classes,
         matrix=evaluation.matrix,
         bins=evaluation.bins,
-        mistakes=[_picture(evaluation.predictions, i, images, bundle.classes) for i in evaluation.mistakes],
-        hits=[_picture(evaluation.predictions, i, images, bundle.classes) for i in evaluation.hits],
+        mistakes=[_picture(evaluation.predictions, i, images, bundle.classes, heats) for i in evaluation.mistakes],
+        hits=[_picture(evaluation.predictions, i, images, bundle.classes, heats) for i in evaluation.hits],
         history=pd.read_csv(history) if history.is_file() else pd.DataFrame(),
         facts=bundle.model_dump(mode="json", exclude={"path"}),
         reference=REFERENCE,
@@ -290,18 +305,21 @@ def _report_data(evaluation: Evaluation, bundle: Bundle, images: np.ndarray, par
     )
 
 
-def _picture(predictions: pd.DataFrame, index: int, images: np.ndarray, classes: list[str]) -> Picture:
+def _picture(
+    predictions: pd.DataFrame, index: int, images: np.ndarray, classes: list[str], heats: Mapping[int, np.ndarray]
+) -> Picture:
     row = predictions.iloc[index]
-    ranked = np.argsort(-row[[f"p_{i}" for i in range(len(classes))]].to_numpy(np.float64), kind="stable")
-    other = classes.index(row["target"]) if not row["correct"] else int(ranked[1])
+    probabilities = row[[f"p_{i}" for i in range(len(classes))]].to_numpy(np.float64)
+    ranked = [int(i) for i in np.argsort(-probabilities, kind="stable")]
+    target = classes.index(row["target"])
+    shown = ranked[:TOP] if target in ranked[:TOP] else [*ranked[: TOP - 1], target]
     return Picture(
         index=index,
         pixels=images[index],
-        label=row["label"],
-        confidence=float(row["confidence"]),
-        other=classes[other],
-        other_probability=float(row[f"p_{other}"]),
+        target=row["target"],
+        top=[(classes[i], float(probabilities[i])) for i in shown],
         name=row.get("name", ""),
+        heat=heats.get(index),
     )
 
 

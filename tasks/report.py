@@ -23,16 +23,16 @@ PAIRS = 8
 class Picture:
     """A test image, ``pixels`` uint8 ``(H, W, 3)``, and what the model said of it.
 
-    ``other`` is the true class of a mistake and the second most probable class of a hit.
+    ``top`` holds classes with their probabilities, the most probable first; ``target`` is always among them. ``heat``
+    is the same picture with what spoke for the label painted over it, uint8 RGB of any size, shown beside it.
     """
 
     index: int
     pixels: np.ndarray
-    label: str
-    confidence: float
-    other: str
-    other_probability: float
+    target: str
+    top: Sequence[tuple[str, float]]
     name: str = ""
+    heat: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -74,8 +74,8 @@ def render_report(data: ReportData) -> str:
     widest = max(len(name) for name in data.classes)
     totals = data.matrix.sum(axis=1, keepdims=True)
     shares = data.matrix / np.maximum(totals, 1)
-    edge = thumbnail_edge(len(data.mistakes) + len(data.hits))
     pictures = [*data.mistakes, *data.hits]
+    edge = thumbnail_edge(len(pictures) + sum(picture.heat is not None for picture in pictures))
     return render(
         "report.html",
         metrics=metrics,
@@ -93,8 +93,8 @@ def render_report(data: ReportData) -> str:
         pairs=_confused_pairs(data.matrix, data.classes),
         reliability=charts.reliability_diagram(data.bins, threshold),
         histogram=charts.confidence_histogram(data.bins, threshold),
-        mistakes=[_picture_values(picture, edge, "is") for picture in data.mistakes],
-        hits=[_picture_values(picture, edge, "or") for picture in data.hits],
+        mistakes=[_picture_values(picture, edge) for picture in data.mistakes],
+        hits=[_picture_values(picture, edge) for picture in data.hits],
         pixelated=pixelated([picture.pixels for picture in pictures]),
         curves=_curves(data.history, facts["training"].get("kept_epoch")),
         epochs=len(data.history),
@@ -143,9 +143,9 @@ def _confused_pairs(matrix: np.ndarray, classes: Sequence[str]) -> list[dict[str
     ]
 
 
-def _picture_values(picture: Picture, edge: int, other_word: str) -> dict[str, Any]:
-    values = {k: v for k, v in vars(picture).items() if k != "pixels"}
-    return {**values, "source": thumbnail(picture.pixels, edge), "other_word": other_word}
+def _picture_values(picture: Picture, edge: int) -> dict[str, Any]:
+    heat = "" if picture.heat is None else thumbnail(picture.heat, edge)
+    return {**vars(picture), "source": thumbnail(picture.pixels, edge), "heat": heat}
 
 
 def _curves(history: pd.DataFrame, kept: int | None) -> list[tuple[str, Markup]]:

@@ -60,7 +60,7 @@ def report_data(classes=None, count=300, size=8, quality=2.0, pictures=4, thresh
 
     def picture(index):
         pixels = random.integers(0, 256, (size, size, 3), np.uint8)
-        return Picture(index, pixels, classes[0], 0.9, classes[1], 0.05, f"{classes[0]}/{index}.png")
+        return Picture(index, pixels, classes[1], [(classes[0], 0.9), (classes[1], 0.05)], f"{classes[0]}/{index}.png")
 
     values = {
         "metrics": found.metrics,
@@ -187,6 +187,23 @@ def test_the_report_of_ten_thousand_images_is_light(classes, size):
     data = report_data([f"class {i}" for i in range(classes)], count=10_000, size=size, pictures=64)
     assert len(data.mistakes) == len(data.hits) == 64
     assert len(render_report(data).encode()) < LIMIT_BYTES
+
+
+def test_a_picture_shows_its_most_probable_classes_and_a_heat_map_beside_it():
+    heat = np.full((8, 8, 3), 77, np.uint8)
+    pictures = [
+        Picture(3, np.zeros((8, 8, 3), np.uint8), "class 1", [("class 0", 0.75), ("class 1", 0.25)], heat=heat),
+        Picture(4, np.zeros((8, 8, 3), np.uint8), "class 1", [("class 0", 0.6), ("class 1", 0.4)]),
+    ]
+    text = render_report(report_data(mistakes=pictures, hits=[]))
+    shown = re.findall(r'class="([a-z ]*)"><bdi>class (\d)</bdi><span>(\d+)%.*?width:([\d.]+)%', text)
+    assert shown == [
+        *((" first", "0", "75", "75.00"), ("true", "1", "25", "25.00")),
+        *((" first", "0", "60", "60.00"), ("true", "1", "40", "40.00")),
+    ]
+    first, beside, second = re.findall(r'<img src="([^"]*)" alt="(?:Test image|What)', text)
+    assert first == second
+    np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(b64decode(beside.partition(",")[2])))), heat)
 
 
 def test_a_flawless_model_without_history_or_threshold_has_a_report():
