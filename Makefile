@@ -4,8 +4,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 VARIANT := $(if $(GPU),-gpu)
-# A file's tests stay in one process, which has its networks and fixtures already; each process may take 3 GB.
-PARALLEL := --numprocesses auto --maxprocesses 4 --dist loadfile
+# A file's tests stay in one process, which has its networks and fixtures already; each process may take 3 GB. The order
+# is that of tests/conftest.py.
+PARALLEL := --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
