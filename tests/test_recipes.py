@@ -197,7 +197,13 @@ def test_the_stage_saves_on_a_signal_and_goes_on(prepared, augmented, tmp_path):
     """The command as DVC runs it, stopped in mid-training and run again: the model of a run that was not stopped."""
     params = tmp_path / "params.yaml"
     sections = {
-        "train": {"epochs": 6, "batch_size": 16, "optimizer": "sgd", "learning_rate": 0.01, "checkpoint_seconds": 3600},
+        "train": {
+            "epochs": 16,
+            "batch_size": 16,
+            "optimizer": "sgd",
+            "learning_rate": 0.01,
+            "checkpoint_seconds": 3600,
+        },
         "model": {"backbone": "resnet20", "doublings": 0},
         "augment": {"shift_pixels": 1},
     }
@@ -220,7 +226,7 @@ def test_the_stage_saves_on_a_signal_and_goes_on(prepared, augmented, tmp_path):
 
     with start("whole") as whole:
         until(whole, "trained model")
-    for number, moment in ((signal.SIGTERM, "epoch 2/6"), (signal.SIGINT, "epoch 4/6")):
+    for number, moment in ((signal.SIGTERM, "epoch 2/16"), (signal.SIGINT, "epoch 5/16")):
         with start("cut") as cut:
             until(cut, moment)
             time.sleep(0.05)
