@@ -29,7 +29,8 @@ class Job:
 
     ``criterion`` is the Keras loss of (targets, probabilities). ``build`` takes how many doublings fewer than the
     model's there shall be, and the number of micro-batches, and returns a compiled tasks.learner.Learner; it is
-    called again after running out of memory and when the resolution changes.
+    called again after running out of memory and when the resolution changes. ``steps_per_epoch`` is how many batches,
+    drawn anew, lie between two validations; None: as many as the training split has.
     """
 
     training: Split
@@ -38,6 +39,7 @@ class Job:
     build: Callable[[int, int], Any]
     data_on_device: bool = False
     devices: int = 1
+    steps_per_epoch: int | None = None
 
 
 class Loop:
@@ -47,7 +49,7 @@ class Loop:
         self.job = job
         self.params = params
         self.checkpoints = checkpoints
-        self.steps_per_epoch = len(job.training.images) // params.batch_size
+        self.steps_per_epoch = job.steps_per_epoch or len(job.training.images) // params.batch_size
         self.standing = Standing()
         self._stop: list[int] = []
         self.limit = _hopeless(job)
@@ -194,18 +196,19 @@ class Loop:
             if params.keep == "best":
                 standing.best_weights = used
         images = self.steps_per_epoch * params.batch_size
-        print(
-            f"epoch {standing.epoch}/{params.epochs}: loss {measured['loss']:.4f}, "
-            f"accuracy {measured['accuracy']:.4f}, validation loss {val_loss:.4f}, accuracy {val_accuracy:.4f}, "
-            f"{seconds:.1f} s, {images / seconds:,.0f} images/s",
-            flush=True,
-        )
+        print(f"{self._told(standing.rows[-1])}, {seconds:.1f} s, {images / seconds:,.0f} images/s", flush=True)
         standing.step, standing.seconds = 0, 0.0
         phase_ends = standing.epoch in (params.low_resolution_epochs, params.epochs)
         if self._over():
             learner.stop_training = True
         if self._due() or phase_ends or self._over():
             self._save(learner, used)
+
+    def _told(self, row: dict[str, float]) -> str:
+        return (
+            f"epoch {row['epoch']}/{self.params.epochs}: loss {row['loss']:.4f}, accuracy {row['accuracy']:.4f}, "
+            f"validation loss {row['val_loss']:.4f}, accuracy {row['val_accuracy']:.4f}"
+        )
 
     def _validate(self, learner: Any, used: list[np.ndarray]) -> tuple[float, float]:
         from tasks.learner import mean_loss, probabilities

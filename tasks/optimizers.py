@@ -29,6 +29,13 @@ def make_optimizer(
             warmup_target=params.learning_rate if warmup else None,
             warmup_steps=warmup,
         )
+    elif params.schedule == "steps":
+        total, full = params.epochs * steps_per_epoch, params.learning_rate
+        starts = {0: full / 10, round(params.warmup_epochs * steps_per_epoch): full}
+        starts |= {total // 2: full / 10, total * 3 // 4: full / 100}
+        # Keras changes the rate after the step that it calls the boundary.
+        boundaries = [step - 1 for step in starts if step]
+        rate = keras.optimizers.schedules.PiecewiseConstantDecay(boundaries, list(starts.values()))
     rule: Any
     match params.optimizer:
         case "adam" | "adamw":  # Keras's AdamW is its Adam with a decay by default; ours decays in _Update
@@ -36,7 +43,10 @@ def make_optimizer(
         case "rmsprop":
             rule, settings = keras.optimizers.RMSprop, {}
         case "sgd":
-            rule, settings = keras.optimizers.SGD, {"momentum": params.momentum, "nesterov": params.momentum > 0}
+            rule, settings = (
+                keras.optimizers.SGD,
+                {"momentum": params.momentum, "nesterov": params.nesterov and params.momentum > 0},
+            )
     return type(rule.__name__, (_Update, rule), {})(
         learning_rate=rate,
         head_variables=head_variables,

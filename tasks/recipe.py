@@ -38,14 +38,16 @@ class TrainParams(Section):
         epochs: passes over the training split.
         low_resolution_epochs: the first so many have one doubling less, at a quarter of the cost.
         batch_size: images per step, of all devices together.
-        optimizer: ``sgd`` is with Nesterov's momentum.
+        optimizer: the update rule.
         learning_rate: its peak.
         head_learning_rate: that of the layers after the pooling; null: the same.
         momentum: of ``sgd``.
+        nesterov: ``sgd`` looks ahead; false is the momentum of the ResNet paper.
         weight_decay: decoupled, on kernels only: each step takes ``learning_rate * weight_decay`` of them away. (With
             SGD's momentum m, L2 in the loss as papers give it corresponds to 1 / (1 - m) times its figure here.)
-        schedule: ``cosine`` lets the rate fall to zero after the warm-up.
-        warmup_epochs: of linear rise; parts of an epoch count.
+        schedule: ``cosine`` lets the rate fall to zero after the warm-up; ``steps`` divides it by ten at half and at three
+            quarters of the run (He et al. 2015, section 4.2).
+        warmup_epochs: of linear rise, with ``steps`` of a tenth of the rate; parts of an epoch count.
         loss: between the targets and the probabilities.
         label_smoothing: share of each target that is spread over all classes.
         mixup_alpha: the Beta distribution's parameter, 0 for none; with cutmix, too, each batch draws one of the two.
@@ -75,8 +77,9 @@ class TrainParams(Section):
     learning_rate: float = Field(1e-3, gt=0)
     head_learning_rate: float | None = Field(None, gt=0)
     momentum: float = Field(0.9, ge=0, lt=1)
+    nesterov: bool = True
     weight_decay: float = Field(0.0, ge=0)
-    schedule: Literal["constant", "cosine"] = "cosine"
+    schedule: Literal["constant", "cosine", "steps"] = "cosine"
     warmup_epochs: float = Field(0.0, ge=0)
     loss: Literal["categorical_crossentropy", "binary_crossentropy"] = "categorical_crossentropy"
     label_smoothing: float = Field(0.0, ge=0, lt=1)
@@ -102,7 +105,9 @@ class TrainParams(Section):
         if self.warmup_epochs >= self.epochs:
             raise ValueError(f"warmup_epochs must be below epochs ({self.epochs})")
         if self.warmup_epochs and self.schedule == "constant":
-            raise ValueError("warmup_epochs needs schedule: cosine")
+            raise ValueError("warmup_epochs needs schedule: cosine or steps")
+        if self.schedule == "steps" and self.warmup_epochs >= self.epochs / 2:
+            raise ValueError(f"warmup_epochs must be below half of epochs ({self.epochs}) with schedule: steps")
         if self.low_resolution_epochs >= self.epochs:
             raise ValueError(f"low_resolution_epochs must be below epochs ({self.epochs})")
         if self.low_resolution_epochs and self.recipe == "probe":

@@ -72,6 +72,13 @@ def test_constant_rate_stays():
     assert rates(make_optimizer(params(), 4), 5) == pytest.approx([RATE] * 5)
 
 
+@pytest.mark.parametrize(("warmup_epochs", "warm"), [(0.0, 0), (0.5, 2)])
+def test_rate_falls_in_steps_at_half_and_three_quarters(warmup_epochs, warm):
+    optimizer = make_optimizer(params(schedule="steps", epochs=4, warmup_epochs=warmup_epochs), 4)
+    expected = [RATE / 10] * warm + [RATE] * (8 - warm) + [RATE / 10] * 4 + [RATE / 100] * 4
+    np.testing.assert_allclose(rates(optimizer, 16), expected, rtol=1e-5)
+
+
 def test_warmup_leaves_the_cosine_a_step():
     assert rates(make_optimizer(params(schedule="cosine", epochs=1, warmup_epochs=0.9), 1), 1) == [pytest.approx(RATE)]
 
