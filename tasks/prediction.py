@@ -69,13 +69,7 @@ def plan_prediction(
     store = plan.unfinished(out)
     if fresh:
         store.clear()
-    answering = Answering(
-        classes=bundle.classes,
-        model_id=bundle.id,
-        temperature=bundle.temperature,
-        threshold=params.threshold if params.threshold is not None else (bundle.threshold or 0.0),
-        top_k=len(bundle.classes) if params.all_probabilities else min(params.top_k, len(bundle.classes)),
-    )
+    answering = how_to_answer(bundle, params)
     identity = {
         "source": source,
         "include": list(params.include),
@@ -104,6 +98,17 @@ def plan_prediction(
     elif plan.digest(listing) != found.listing:
         changed = plan.changed_files(store, listing)
     return Prediction(source, model, params, engine, why, store, found, bundle, answering), changed
+
+
+def how_to_answer(bundle: Bundle, params: PredictParams) -> Answering:
+    """Return what makes rows of a bundle's probabilities."""
+    return Answering(
+        classes=bundle.classes,
+        model_id=bundle.id,
+        temperature=bundle.temperature,
+        threshold=params.threshold if params.threshold is not None else (bundle.threshold or 0.0),
+        top_k=len(bundle.classes) if params.all_probabilities else min(params.top_k, len(bundle.classes)),
+    )
 
 
 def run_shards(prediction: Prediction, shards: list[int], files: Input, advance: Callable[[int], None]) -> float | None:
