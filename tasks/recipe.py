@@ -45,8 +45,8 @@ class TrainParams(Section):
         nesterov: ``sgd`` looks ahead; false is the momentum of the ResNet paper.
         weight_decay: decoupled, on kernels only: each step takes ``learning_rate * weight_decay`` of them away. (With
             SGD's momentum m, L2 in the loss as papers give it corresponds to 1 / (1 - m) times its figure here.)
-        schedule: ``cosine`` lets the rate fall to zero after the warm-up; ``steps`` divides it by ten at half and at three
-            quarters of the run (He et al. 2015, section 4.2).
+        schedule: ``cosine`` lets the rate fall to zero after the warm-up; ``steps`` divides it by ten at half and at
+            three quarters of the run (He et al. 2015, section 4.2).
         warmup_epochs: of linear rise, with ``steps`` of a tenth of the rate; parts of an epoch count.
         loss: between the targets and the probabilities.
         label_smoothing: share of each target that is spread over all classes.

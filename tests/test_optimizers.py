@@ -169,6 +169,16 @@ def test_without_momentum_sgd_is_plain():
     assert len(optimizer.variables) == 2  # the count of steps and the rate: no momentum
 
 
+def test_momentum_of_the_resnet_paper_does_not_look_ahead():
+    import keras
+
+    variable = keras.Variable(np.zeros(1, "float32"))
+    optimizer = make_optimizer(params(optimizer="sgd", nesterov=False), 4)
+    for _ in range(2):
+        optimizer.apply([np.ones(1, "float32")], [variable])
+    np.testing.assert_allclose(np.asarray(variable), [-2.9 * RATE], rtol=1e-6)
+
+
 @pytest.mark.parametrize("accumulation", [1, 2])
 @each_kind
 def test_only_kernels_decay_each_by_its_own_rate_and_once_an_update(kind, accumulation):
