@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
+from flows import cli_explain
 from flows.terminal import print_pairs, print_prediction, screen
 from tasks.errors import EXIT_INTERRUPTED, Interrupted, NightlyError, describe
 
@@ -191,6 +192,9 @@ def predict(
     print_prediction(summary, workspace.shown)
     if failed:
         _fail(str(failed), EXIT_TOO_MANY_FAILED)
+
+
+app.add_typer(cli_explain.app)
 
 
 @app.command(epilog="Example: nightly serve")

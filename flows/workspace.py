@@ -45,6 +45,10 @@ class Workspace:
         return self.root / "data" / "predictions"
 
     @property
+    def explanations(self) -> Path:
+        return self.root / "data" / "explanations"
+
+    @property
     def models(self) -> Path:
         return self.root / "models"
 

@@ -7,7 +7,7 @@ import tempfile
 import warnings
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -275,7 +275,10 @@ def _look(
             paths = files.find(params.include, params.exclude).paths
             chosen = paths[: limit - len(found)]
             beyond += len(paths) - len(chosen)
-            found += look_ahead(files, policy, chosen, GROUP)
+            for seen, pixels in look_ahead(files, policy, chosen, GROUP):
+                # Of several sources two may hold files of the same name.
+                name = source if files.kind == "file" else os.path.join(source, seen.path)
+                found.append((seen if len(sources) == 1 else replace(seen, path=name), pixels))
     if not found:
         raise NightlyError(f"{', '.join(map(repr, sources))} holds no images")
     return found, beyond

@@ -24,6 +24,8 @@ class GradCam:
     Attributes:
         layer: name of the layer that gives the feature map.
         cells: its height and width.
+        extractor: from uint8 (N, H, W, 3) images to float32 (N, h, w, K) feature maps.
+        head: from these to float32 (N, C) scores, which a softmax would make probabilities.
     """
 
     def __init__(self, classifier: Any) -> None:
@@ -34,19 +36,18 @@ class GradCam:
         cut = _cut(backbone)
         self.layer, self.cells = cut.name, tuple(cut.output.shape[1:3])
         lower = keras.Model(backbone.input, cut.output, name="lower")
-        extractor = keras.Model(classifier.input, lower(before.output), name="extractor")
+        self.extractor = keras.Model(classifier.input, lower(before.output), name="extractor")
         features = x = keras.Input(cut.output.shape[1:], name="features")
         if cut is not backbone.layers[-1]:
             x = keras.Model(cut.output, backbone.output, name="upper")(x)
-        *head, last = classifier.layers[place:]
-        for layer in head:
+        *layers, last = classifier.layers[place:]
+        for layer in layers:
             x = layer(x)
         # The score before the softmax, as in the paper: the probability hardly moves where it is near 0 or 1.
         scores = keras.layers.Dense(last.units, name="scores")
-        head = keras.Model(features, scores(x), name="head")
+        self.head = keras.Model(features, scores(x), name="head")
         scores.set_weights(last.get_weights())
-        self._classes = last.units
-        self._extract, self._gradient = _functions(extractor, head)
+        self._extract, self._gradient = _functions(self.extractor, self.head)
 
     def heat(self, images: NDArray[np.uint8], classes: Sequence[int]) -> NDArray[np.float32]:
         """Return how far each place of each picture speaks for a class, 0 to 1, the picture's hottest being 1.
@@ -64,16 +65,16 @@ class GradCam:
         found = np.zeros((len(images), height, width), np.float32)
         for start in range(0, len(images), BATCH):
             batch = slice(start, start + BATCH)
-            for index, cells in enumerate(self._cells(images[batch], classes[batch]), start):
+            for index, cells in enumerate(self.maps(images[batch], classes[batch]), start):
                 # Linear between the cells' centers: the paper only says that the map is enlarged.
                 found[index] = cv2.resize(cells, (width, height), interpolation=cv2.INTER_LINEAR)
         hottest = found.max(axis=(1, 2), keepdims=True, initial=0)
         return found / np.where(hottest > 0, hottest, 1)
 
-    def _cells(self, images: NDArray[np.uint8], classes: Sequence[int]) -> NDArray[np.float32]:
-        """Return equation 2's maps (N, h, w), not enlarged."""
+    def maps(self, images: NDArray[np.uint8], classes: Sequence[int]) -> NDArray[np.float32]:
+        """Return equation 2's maps (N, h, w): as small as the feature map, 0 and up, of any scale."""
         features = np.asarray(self._extract(images))
-        chosen = np.eye(self._classes, dtype=np.float32)[list(classes)]
+        chosen = np.eye(self.head.output.shape[1], dtype=np.float32)[list(classes)]
         weights = np.asarray(self._gradient(features, chosen)).mean(axis=(1, 2), keepdims=True)  # equation 1
         return np.maximum((weights * features).sum(axis=3), 0)  # equation 2
 

@@ -16,7 +16,7 @@ from tasks.errors import NightlyError
 from tests.miniature import Miniature, export, metrics
 
 ROOT = Path(__file__).resolve().parent.parent
-COMMANDS = ["configure", "retrain", "predict", "serve", "history", "promote", "rollback", "doctor"]
+COMMANDS = ["configure", "retrain", "predict", "explain", "serve", "history", "promote", "rollback", "doctor"]
 
 
 @pytest.fixture
@@ -101,8 +101,8 @@ def test_a_slip_of_the_keyboard_is_one_line(nightly, workspace, arguments, messa
 @pytest.mark.parametrize("arguments", [[command] for command in COMMANDS if command != "promote"] + [["promote", "x"]])
 def test_outside_of_a_workspace_every_command_says_so(nightly, arguments, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    if arguments == ["predict"]:
-        arguments = ["predict", "."]
+    if arguments[0] in ("predict", "explain"):
+        arguments = [*arguments, "."]
     assert "is in no workspace: go to the folder that holds dvc.yaml" in failed(nightly(*arguments))
 
 
