@@ -4,6 +4,7 @@ Colors come from the page's style sheet by class (``accent``, ``ink``, ``soft``,
 dark mode and print. The same numbers always give the same bytes.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,6 +18,8 @@ from tasks.pages import data_uri
 
 WIDTH = 360
 LEFT, RIGHT, TOP, BOTTOM = 40, 10, 12, 34
+#: Beyond this the places at which a chart tells its values are further apart than its points.
+READOUTS = 120
 
 
 @dataclass(frozen=True)
@@ -131,6 +134,8 @@ def line_chart(
 ) -> Markup:
     """Draw lines over epochs, each named at its last point; a single point is drawn as a dot.
 
+    Where the pointer is, the values are told, by style alone.
+
     Args:
         kept: the epoch whose weights became the model, marked if given.
 
@@ -162,7 +167,44 @@ def line_chart(
     for at, one in labels:
         previous = max(at, previous + 13)
         plane.text(WIDTH - 64, previous + 3.5, one.name, tone=f"{one.tone} name", anchor="start")
+    _tell(plane, shown, (y_ticks[0], y_ticks[-1]), x_range, y_text)
     return plane.svg(description)
+
+
+def _tell(
+    plane: Plane,
+    series: Sequence[Series],
+    y_range: tuple[float, float],
+    x_range: tuple[float, float],
+    y_text: Callable[[float], str],
+) -> None:
+    """Add invisible strips, one per epoch, that show its values while the pointer is on them."""
+    values = [dict(one.points) for one in series]
+    places = sorted(set().union(*values))
+    places = places[:: math.ceil(len(places) / READOUTS)]
+    edges = [x_range[0], *((a + b) / 2 for a, b in itertools.pairwise(places)), x_range[1]]
+    for x, left, right in zip(places, edges[:-1], edges[1:], strict=True):
+        told = [
+            (one, points[x])
+            for one, points in zip(series, values, strict=True)
+            if math.isfinite(points.get(x, math.nan))
+        ]
+        if not told:
+            continue
+        words = ", ".join(f"{one.name} {y_text(float(f'{y:.4g}'))}".strip() for one, y in told)
+        top, height = plane.y(y_range[1]), plane.y(y_range[0]) - plane.y(y_range[1])
+        plane.add(
+            '<g class="at"><rect x="{x}" y="{y}" width="{width}" height="{height}" class="hit"/><g>',
+            x=plane.x(left),
+            y=top,
+            width=plane.x(right) - plane.x(left),
+            height=height,
+        )
+        plane.line((x, y_range[0]), (x, y_range[1]), "ink gap")
+        for one, y in told:
+            plane.add('<circle cx="{x}" cy="{y}" r="3" class="{tone}"/>', x=plane.x(x), y=plane.y(y), tone=one.tone)
+        plane.text(plane.x(sum(x_range) / 2), TOP - 4, f"epoch {x:g}: {words}", "ink")
+        plane.add("</g></g>")
 
 
 def _path(points: Sequence[tuple[float, float]], plane: Plane) -> str:

@@ -1,8 +1,9 @@
 """Measure every engine of a model on the frozen test split; write metrics, predictions, plots and the report."""
 
 import argparse
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -18,9 +19,11 @@ from tasks.choice import available, compare, evidence
 from tasks.engines import REFERENCE, Engine, open_engine
 from tasks.errors import NightlyError, run_main
 from tasks.files import publish_directory, read_json, write_json, write_text
+from tasks.judge import Evaluated
 from tasks.params import Section, read_section
 from tasks.progress import progress
 from tasks.report import Picture, ReportData, render_report
+from tasks.rival import read_rival
 
 #: Classes whose probabilities a picture shows.
 TOP = 3
@@ -32,7 +35,7 @@ class EvaluateParams(Section):
     Attributes:
         batch_size: images per inference batch of Keras; null leaves it to the engine, as OpenVINO's always is.
         calibration_bins: equal-width confidence bins of the calibration error.
-        confidence_level: of the accuracy's interval.
+        confidence_level: of the intervals.
         pictures: mistakes, and as many hits, shown in the report.
     """
 
@@ -58,8 +61,10 @@ class Evaluation:
 
     Attributes:
         metrics: the content of metrics.json.
-        predictions: one row per test image: ``index, target, label, correct, confidence, p_0, p_1, ...``.
+        predictions: one row per test image: ``index, target, label, correct, confidence, p_0, p_1, ...``; where they
+            are written, ``name`` is that of the source image.
         matrix: confusion counts ``(C, C)``, true classes in rows.
+        bins: of the confidences; ``raw_bins`` those before temperature scaling.
         mistakes: indexes of wrong predictions, the most confident first.
         hits: indexes of right predictions, the least confident first.
     """
@@ -68,6 +73,7 @@ class Evaluation:
     predictions: pd.DataFrame
     matrix: np.ndarray
     bins: list[metrics.CalibrationBin]
+    raw_bins: list[metrics.CalibrationBin]
     mistakes: list[int]
     hits: list[int]
 
@@ -93,6 +99,9 @@ def summarize(
 
     - ``accuracy_low``, ``accuracy_high``: Wilson interval of the accuracy at ``params.confidence_level``;
     - ``mistakes``: number of wrong labels; ``macro_f1``: mean F1 over the classes that have test images;
+    - ``top1_error``, ``top5_error``: as He et al., "Deep Residual Learning for Image Recognition", 2016, report them;
+    - ``intervals``: low and high end of the other figures, Wilson's for shares, of the bootstrap for the rest. Lists,
+      which DVC leaves out when it compares metrics;
     - ``temperature``: the bundle's, and under ``uncalibrated`` what ``log_loss`` and ``calibration_error`` were
       without it;
     - ``threshold``: the bundle's, and at it ``accepted``: share of images at least that confident, and
@@ -108,6 +117,7 @@ def summarize(
     """
     for name, values in probabilities.items():
         _check_probabilities(name, values, (len(targets), len(classes)))
+    wilson = partial(metrics.wilson_interval, level=params.confidence_level)
     raw = probabilities[REFERENCE]
     probabilities = {name: apply_temperature(values, temperature) for name, values in probabilities.items()}
     reference = probabilities[REFERENCE]
@@ -118,7 +128,10 @@ def summarize(
     scores = metrics.class_scores(matrix)
     bins = metrics.calibration_bins(confidence, correct, params.calibration_bins)
     raw_bins = metrics.calibration_bins(raw.max(axis=1), correct, params.calibration_bins)
-    low, high = metrics.wilson_interval(int(correct.sum()), len(targets), params.confidence_level)
+    errors = {f"top{k}_error": metrics.top_k_error(targets, reference, k) for k in (1, 5)}
+    intervals = {name: wilson(round(share * len(targets)), len(targets)) for name, share in errors.items()}
+    intervals |= metrics.bootstrap_intervals(targets, reference, params.calibration_bins, params.confidence_level)
+    low, high = wilson(int(correct.sum()), len(targets))
     figures: dict[str, Any] = {
         "model_id": model_id,
         "test_digest": test_digest,
@@ -127,7 +140,7 @@ def summarize(
         "accuracy": _share(correct.mean()),
         "accuracy_low": _share(low),
         "accuracy_high": _share(high),
-        "top5_error": _share(metrics.top_k_error(targets, reference)),
+        **{name: _share(share) for name, share in errors.items()},
         "macro_f1": _share(metrics.macro_f1(scores)),
         "log_loss": _share(metrics.log_loss(targets, reference)),
         "calibration_error": _share(metrics.calibration_error(bins)),
@@ -142,6 +155,9 @@ def summarize(
         figures["threshold"] = _share(threshold)
         figures["accepted"] = _share(accepted.mean())
         figures["accepted_accuracy"] = _share(metrics.accuracy(targets[accepted], labels[accepted]))
+        intervals["accepted"] = wilson(int(accepted.sum()), len(targets))
+        intervals["accepted_accuracy"] = wilson(int((accepted & correct).sum()), int(accepted.sum()))
+    figures["intervals"] = {name: [_share(low), _share(high)] for name, (low, high) in intervals.items()}
     figures["per_class"] = {
         name: {
             "precision": _share(scores.precision[i]),
@@ -160,13 +176,20 @@ def summarize(
         predictions=_prediction_rows(reference, targets, labels, confidence, classes),
         matrix=matrix,
         bins=bins,
+        raw_bins=raw_bins,
         mistakes=[int(i) for i in by_confidence[::-1] if not correct[i]][: params.pictures],
         hits=[int(i) for i in by_confidence if correct[i]][: params.pictures],
     )
 
 
-def evaluate(exported: Path, prepared: Path, out: Path, params: EvaluateParams) -> EvaluateSummary:
+def evaluate(
+    exported: Path, prepared: Path, out: Path, params: EvaluateParams, models: Path | None = None
+) -> EvaluateSummary:
     """Run every engine of the bundle on the test split and publish what was measured in ``out``.
+
+    Args:
+        models: where champion.json names the model in service; the report then has both, as they stand now. Nothing
+            else that is written depends on it.
 
     Raises:
         NightlyError: the test split is empty, or its classes or image size are not the model's.
@@ -190,13 +213,36 @@ def evaluate(exported: Path, prepared: Path, out: Path, params: EvaluateParams) 
         temperature=bundle.temperature,
         limits=bundle.limits,
     )
-    if (names := _test_names(prepared)) is not None:
-        evaluation.predictions.insert(1, "name", names)
+    manifest = pd.read_parquet(prepared / "manifest.parquet")
+    used = manifest[manifest["status"] == "ok"]
+    table = evaluation.predictions
+    table.insert(1, "name", used[used["split"] == "test"].sort_values("position")["name"].to_numpy())
+    challenger = Evaluated(evaluation.metrics, table["target"].to_numpy(), table["correct"].to_numpy())
+    report = ReportData(
+        metrics=evaluation.metrics,
+        classes=bundle.classes,
+        matrix=evaluation.matrix,
+        predictions=table,
+        images=images,
+        bins=evaluation.bins,
+        raw_bins=evaluation.raw_bins,
+        mistakes=_pictures(evaluation.mistakes, table, images, bundle.classes),
+        hits=_pictures(evaluation.hits, table, images, bundle.classes),
+        history=_history(bundle),
+        facts=bundle.model_dump(mode="json", exclude={"path"}),
+        data=facts,
+        class_counts=used.groupby(["class", "split"]).size().unstack(fill_value=0).to_dict("index"),
+        reference=REFERENCE,
+        level=params.confidence_level,
+        notes=_notes(bundle, facts),
+        refused=[(name, evidence(bundle, name)) for name in bundle.engines if name not in probabilities],
+        rival=read_rival(models, challenger) if models else None,
+    )
     with publish_directory(out) as folder:
         write_json(folder / "metrics.json", evaluation.metrics)
-        evaluation.predictions.to_parquet(folder / "predictions.parquet", index=False)
+        table.to_parquet(folder / "predictions.parquet", index=False)
         _write_plots(folder / "plots", evaluation)
-        write_text(folder / "report.html", render_report(_report_data(evaluation, bundle, images, params)))
+        write_text(folder / "report.html", render_report(report))
     return EvaluateSummary(bundle.id, evaluation.metrics["accuracy"], len(targets), out / "report.html")
 
 
@@ -214,15 +260,6 @@ def _check_test_split(bundle: Bundle, classes: list[str], images: np.ndarray) ->
         )
     if not len(images):
         raise NightlyError("the test split must hold at least one image, but is empty: add images or change the split")
-
-
-def _test_names(prepared: Path) -> pd.Series | None:
-    """Return the source names of the test images in order, if the manifest says where each one went."""
-    manifest = pd.read_parquet(prepared / "manifest.parquet")
-    if "position" not in manifest:
-        return None
-    test = manifest[(manifest["status"] == "ok") & (manifest["split"] == "test")]
-    return test.sort_values("position")["name"].reset_index(drop=True)
 
 
 def _check_probabilities(name: str, values: np.ndarray, shape: tuple[int, int]) -> None:
@@ -268,58 +305,43 @@ def _write_plots(folder: Path, evaluation: Evaluation) -> None:
     calibration.to_csv(folder / "calibration.csv", index=False, lineterminator="\n")
 
 
-def _report_data(
-    evaluation: Evaluation,
-    bundle: Bundle,
+def _history(bundle: Bundle) -> pd.DataFrame:
+    path = bundle.path / "history.csv"
+    return pd.read_csv(path) if path.is_file() else pd.DataFrame()
+
+
+def _notes(bundle: Bundle, prepared: Mapping[str, Any]) -> list[str]:
+    if bundle.test_digest == prepared["test_digest"]:
+        return []
+    return [
+        "The test split has changed since this model was trained: its figures compare only with those of "
+        "models measured on the same test data."
+    ]
+
+
+def _pictures(
+    indexes: Sequence[int],
+    predictions: pd.DataFrame,
     images: np.ndarray,
-    params: EvaluateParams,
+    classes: list[str],
     heats: Mapping[int, np.ndarray] = MappingProxyType({}),
-) -> ReportData:
-    """Gather what the report shows.
-
-    Args:
-        heats: ``Picture.heat`` by index, for as many of ``evaluation.mistakes`` and ``evaluation.hits`` as there are.
-    """
-    notes = []
-    if bundle.test_digest != evaluation.metrics["test_digest"]:
-        notes.append(
-            "The test split has changed since this model was trained: its figures compare only with those of "
-            "models measured on the same test data."
-        )
-    history = bundle.path / "history.csv"
-    return ReportData(
-        metrics=evaluation.metrics,
-        classes=bundle.classes,
-        matrix=evaluation.matrix,
-        bins=evaluation.bins,
-        mistakes=[_picture(evaluation.predictions, i, images, bundle.classes, heats) for i in evaluation.mistakes],
-        hits=[_picture(evaluation.predictions, i, images, bundle.classes, heats) for i in evaluation.hits],
-        history=pd.read_csv(history) if history.is_file() else pd.DataFrame(),
-        facts=bundle.model_dump(mode="json", exclude={"path"}),
-        reference=REFERENCE,
-        level=params.confidence_level,
-        notes=notes,
-        refused=[
-            (name, evidence(bundle, name)) for name in bundle.engines if name not in evaluation.metrics["engines"]
-        ],
-    )
+) -> list[Picture]:
+    """Return what the report shows of some test images; ``heats`` are ``Picture.heat`` of as many as have one."""
+    return [_picture(predictions.iloc[index], images[index], classes, heats.get(index)) for index in indexes]
 
 
-def _picture(
-    predictions: pd.DataFrame, index: int, images: np.ndarray, classes: list[str], heats: Mapping[int, np.ndarray]
-) -> Picture:
-    row = predictions.iloc[index]
+def _picture(row: pd.Series, pixels: np.ndarray, classes: list[str], heat: np.ndarray | None) -> Picture:
     probabilities = row[[f"p_{i}" for i in range(len(classes))]].to_numpy(np.float64)
     ranked = [int(i) for i in np.argsort(-probabilities, kind="stable")]
     target = classes.index(row["target"])
     shown = ranked[:TOP] if target in ranked[:TOP] else [*ranked[: TOP - 1], target]
     return Picture(
-        index=index,
-        pixels=images[index],
+        index=int(row["index"]),
+        pixels=pixels,
         target=row["target"],
         top=[(classes[i], float(probabilities[i])) for i in shown],
-        name=row.get("name", ""),
-        heat=heats.get(index),
+        name=row["name"],
+        heat=heat,
     )
 
 
@@ -344,9 +366,11 @@ def main() -> None:
     parser.add_argument("--exported", type=Path, required=True)
     parser.add_argument("--prepared", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--models", type=Path, help="where champion.json names a model to compare with")
     parser.add_argument("--params", type=Path, default=Path("params.yaml"))
     args = parser.parse_args()
-    summary = evaluate(args.exported, args.prepared, args.out, read_section(args.params, "evaluate", EvaluateParams))
+    params = read_section(args.params, "evaluate", EvaluateParams)
+    summary = evaluate(args.exported, args.prepared, args.out, params, args.models)
     print(f"evaluated model {summary.model_id}: accuracy {summary.accuracy:.4f} on {summary.test_images:,} test images")
     print(f"report: {summary.report}")
 

@@ -1,10 +1,11 @@
 """What every HTML page shares: the template environment, pictures as data URIs, figures in words.
 
-Pages load nothing, run no script but the gallery's own, and escape every name that comes from data. Each figure stands
-in a ``<data data-metric="...">`` element with its exact value, so that a page can be checked against its JSON.
+Pages load nothing, run no script but their own, and escape every name that comes from data. Each figure stands in a
+``<data data-metric="...">`` element with its exact value, so that a page can be checked against its JSON.
 """
 
 import base64
+import hashlib
 import io
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -31,13 +32,18 @@ def render(
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(percent=percent, counted=counted, **(filters or {}))
+    environment.filters.update(percent=percent, number=number, counted=counted, **(filters or {}))
     return environment.get_template(template).render(values) + "\n"
 
 
 def percent(share: float, digits: int = 0) -> str:
     """Write a share as a percentage."""
     return f"{share * 100:.{digits}f}%"
+
+
+def number(value: float, digits: int) -> str:
+    """Write a figure that is no share."""
+    return f"{value:.{digits}f}"
 
 
 def counted(count: int, singular: str, plural: str | None = None) -> str:
@@ -84,8 +90,15 @@ def pixelated(images: Sequence[np.ndarray]) -> bool:
     return all(max(image.shape[:2]) <= PIXELATED_SIZE for image in images)
 
 
-def data_uri(picture: Image.Image) -> str:
-    """Return a picture as a PNG data URI."""
+def data_uri(picture: Image.Image, kind: str = "png", **options: Any) -> str:
+    """Return a picture as a data URI; ``options`` are those of Pillow's format."""
     buffer = io.BytesIO()
-    picture.save(buffer, "PNG", optimize=True)
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+    picture.save(buffer, kind, **(options or {"optimize": True}))
+    return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+def allow_script(page: str) -> str:
+    """Let a page run its only script: its policy names that very one, by digest, and nothing else runs in it."""
+    script = page.partition("<script>")[2].partition("</script>")[0]
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    return page.replace("default-src 'none';", f"default-src 'none'; script-src 'sha256-{digest}';", 1)

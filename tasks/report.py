@@ -10,13 +10,23 @@ import numpy as np
 import pandas as pd
 from markupsafe import Markup
 
-from tasks import charts
+from tasks import charts, confusions
+from tasks.judge import LEVEL
 from tasks.metrics import CalibrationBin
-from tasks.pages import pixelated, render, rows_of, thumbnail, thumbnail_edge
+from tasks.pages import allow_script, pixelated, render, rows_of, thumbnail, thumbnail_edge
+from tasks.rival import Rival
 
-# Beyond this a table of cells is neither readable nor light, and becomes a picture.
-MATRIX_CLASSES = 30
-PAIRS = 8
+#: Key in metrics.json, name, whether it is a share, and whether more of it is better, if either is.
+COMPARED = (
+    ("accuracy", "Accuracy", True, True),
+    ("top1_error", "Top-1 error", True, False),
+    ("top5_error", "Top-5 error", True, False),
+    ("macro_f1", "Macro F1", True, True),
+    ("log_loss", "Log loss", False, False),
+    ("calibration_error", "Calibration error", True, False),
+    ("accepted", "Accepted", True, None),
+    ("accepted_accuracy", "Right among the accepted", True, True),
+)
 
 
 @dataclass(frozen=True)
@@ -42,41 +52,56 @@ class ReportData:
     Attributes:
         metrics: the content of metrics.json.
         matrix: confusion counts ``(C, C)``, true classes in rows.
+        predictions: a row per test image, see ``tasks.evaluate.Evaluation``; may have its ``name``.
+        images: the test images, uint8 RGB ``(N, H, W, 3)``.
+        bins: of the confidences; ``raw_bins`` those before temperature scaling.
         mistakes: wrong predictions, the most confident first.
         hits: right predictions, the least confident first.
         history: the rows of history.csv; may be empty.
         facts: the model bundle's ``created``, ``parameters``, ``training``, ``libraries``, ``decode``,
-            ``normalization``, ``data_digest``, ``test_digest``, ``engines``, ``limits``.
+            ``normalization``, ``data_digest``, ``test_digest``, ``engines``, ``limits``, ``machine``.
+        data: the content of prepared.json.
+        class_counts: images by class, then by split.
         reference: name of the engine whose figures the metrics are.
-        level: of the accuracy's interval.
+        level: of the intervals.
         notes: sentences that the reader must see first.
         refused: engines that are not in ``metrics``, and what speaks against them.
+        rival: the model in service, if that is another one.
     """
 
     metrics: Mapping[str, Any]
     classes: Sequence[str]
     matrix: np.ndarray
+    predictions: pd.DataFrame
+    images: np.ndarray
     bins: Sequence[CalibrationBin]
+    raw_bins: Sequence[CalibrationBin]
     mistakes: Sequence[Picture]
     hits: Sequence[Picture]
     history: pd.DataFrame
     facts: Mapping[str, Any]
+    data: Mapping[str, Any]
+    class_counts: Mapping[str, Mapping[str, int]]
     reference: str
     level: float = 0.95
     notes: Sequence[str] = ()
     refused: Sequence[tuple[str, str]] = ()
+    rival: Rival | None = None
 
 
 def render_report(data: ReportData) -> str:
-    """Return the evaluation report as one HTML page."""
+    """Return the evaluation report as one HTML page, its only script a comfort that nothing depends on."""
     metrics, facts, threshold = data.metrics, data.facts, data.metrics.get("threshold")
-    small = len(data.classes) <= MATRIX_CLASSES
-    widest = max(len(name) for name in data.classes)
-    totals = data.matrix.sum(axis=1, keepdims=True)
-    shares = data.matrix / np.maximum(totals, 1)
+    small = len(data.classes) <= confusions.MATRIX_CLASSES
     pictures = [*data.mistakes, *data.hits]
     edge = thumbnail_edge(len(pictures) + sum(picture.heat is not None for picture in pictures))
-    return render(
+    tile = confusions.tile_edge(data.images)
+    cells = confusions.choose_cells(
+        data.matrix, data.predictions, data.classes, min(confusions.MOST, confusions.PIXEL_BUDGET // tile**2)
+    )
+    tiles = [index for cell in cells for index in cell.images]
+    shares = confusions.row_shares(data.matrix)
+    page = render(
         "report.html",
         metrics=metrics,
         classes=data.classes,
@@ -85,17 +110,26 @@ def render_report(data: ReportData) -> str:
         digits=1 if metrics["test_images"] < 2000 else 2,
         guessing=math.log(len(data.classes)),
         interval=charts.interval_chart(metrics["accuracy"], metrics["accuracy_low"], metrics["accuracy_high"]),
-        rows=_matrix_rows(data.matrix, shares, data.classes) if small else [],
+        rows=confusions.matrix_rows(data.matrix, data.classes, cells) if small else [],
         heat="" if small else charts.heat_image(shares),
-        upright=widest > 4,
+        upright=max(len(name) for name in data.classes) > 4,
         edge=max(28, min(50, 600 // len(data.classes))),
         edge_narrow=max(24, min(40, 270 // len(data.classes))),
-        pairs=_confused_pairs(data.matrix, data.classes),
+        pairs=[
+            {"cell": f"cell-{i}-{j}", "target": data.classes[i], "label": data.classes[j]}
+            | {"count": int(data.matrix[i, j]), "share": float(shares[i, j])}
+            for i, j in confusions.confused_pairs(data.matrix)
+        ],
+        cells=confusions.cell_values(cells, data.predictions, data.classes),
+        sheet=confusions.sheet(data.images, tiles, tile) if tiles else "",
+        sheet_columns=min(confusions.COLUMNS, len(tiles)),
+        sheet_rows=math.ceil(len(tiles) / confusions.COLUMNS),
         reliability=charts.reliability_diagram(data.bins, threshold),
+        raw_reliability=charts.reliability_diagram(data.raw_bins, None) if metrics["temperature"] != 1 else "",
         histogram=charts.confidence_histogram(data.bins, threshold),
         mistakes=[_picture_values(picture, edge) for picture in data.mistakes],
         hits=[_picture_values(picture, edge) for picture in data.hits],
-        pixelated=pixelated([picture.pixels for picture in pictures]),
+        pixelated=pixelated([data.images[0]]),
         curves=_curves(data.history, facts["training"].get("kept_epoch")),
         epochs=len(data.history),
         kept=facts["training"].get("kept_epoch"),
@@ -112,35 +146,28 @@ def render_report(data: ReportData) -> str:
             for name, figures in metrics["engines"].items()
         ],
         limits=facts["limits"],
+        machine=facts.get("machine", {}),
         refused=data.refused,
-        records=_records(facts, metrics),
+        rival=data.rival,
+        rival_level=f"{LEVEL * 100:.3g}%",
+        compared=_compared(metrics, data.rival.metrics) if data.rival else [],
+        data=data.data,
+        class_counts=data.class_counts,
+        records=_records(facts, metrics, data.data),
     )
+    return allow_script(page)
 
 
-def _matrix_rows(matrix: np.ndarray, shares: np.ndarray, classes: Sequence[str]) -> list[dict[str, Any]]:
-    """Return the table of confusions: a row per true class, a cell per predicted one."""
+def _compared(new: Mapping[str, Any], old: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return the figures that both models have, with the difference and whether it is for the better."""
     rows = []
-    for i, name in enumerate(classes):
-        cells = []
-        for j, (count, share) in enumerate(zip(matrix[i].tolist(), shares[i].tolist(), strict=True)):
-            kind = " none" if not count else " same" if i == j else " strong" if share > 0.25 else ""
-            heat = share if i == j else charts.heat(share)
-            text = f"{share:.0%}" if share >= 0.01 or not count else "<1%"
-            cells.append({"count": count, "share": text, "heat": f"{heat:.3f}", "kind": kind})
-        rows.append({"name": name, "total": int(matrix[i].sum()), "cells": cells})
+    for key, name, share, more_is_better in COMPARED:
+        if key in new and key in old:
+            change = round(new[key] - old[key], 9)
+            better = (change > 0) == more_is_better if change and more_is_better is not None else None
+            values = {"key": key, "name": name, "share": share, "new": new[key], "old": old[key]}
+            rows.append({**values, "change": change, "better": better})
     return rows
-
-
-def _confused_pairs(matrix: np.ndarray, classes: Sequence[str]) -> list[dict[str, Any]]:
-    """Return the most frequent mistakes, the most frequent first, then in the order of the classes."""
-    mistakes = matrix - np.diag(np.diag(matrix))
-    order = np.argsort(-mistakes, axis=None, kind="stable")[:PAIRS]
-    places = [divmod(int(at), len(classes)) for at in order]
-    return [
-        {"target": classes[i], "label": classes[j], "count": int(matrix[i, j]), "share": matrix[i, j] / matrix[i].sum()}
-        for i, j in places
-        if mistakes[i, j]
-    ]
 
 
 def _picture_values(picture: Picture, edge: int) -> dict[str, Any]:
@@ -167,20 +194,25 @@ def _curves(history: pd.DataFrame, kept: int | None) -> list[tuple[str, Markup]]
     return drawn
 
 
-def _records(facts: Mapping[str, Any], metrics: Mapping[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]:
+def _records(
+    facts: Mapping[str, Any], metrics: Mapping[str, Any], prepared: Mapping[str, Any]
+) -> list[tuple[str, list[tuple[str, str]]]]:
     parameters = facts["parameters"]
     data = {
         "model": metrics["model_id"],
         "training data": facts["data_digest"],
         "test data": metrics["test_digest"],
+        "source": prepared["source"].get("sha256"),
     }
     return [
         ("Digests", rows_of(data)),
         *((f"Parameters: {section}", rows_of(values)) for section, values in parameters.items()),
         ("Training", rows_of(facts["training"])),
+        ("Source", rows_of({k: v for k, v in prepared["source"].items() if k != "sha256"})),
         ("Decoding", rows_of(facts["decode"])),
         ("Normalization", rows_of(facts["normalization"])),
         ("Libraries", rows_of(facts["libraries"])),
+        ("Machine that measured the engines", rows_of(facts.get("machine", {}))),
     ]
 
 

@@ -1,4 +1,6 @@
 import json
+import re
+import shutil
 
 import numpy as np
 import pandas as pd
@@ -16,6 +18,15 @@ TARGETS = np.array([0, 1, 2, 2])
 KERAS = np.array([[0.7, 0.2, 0.1], [0.25, 0.5, 0.25], [0.0, 0.125, 0.875], [0.6, 0.3, 0.1]], np.float32)
 OTHER = np.array([[0.7, 0.2, 0.1], [0.5, 0.25, 0.25], [0.0, 0.125, 0.875], [0.6, 0.3, 0.1]], np.float32)
 SAME = {"agreement": 1.0, "accuracy_lost": 0.0, "max_difference": 0.0, "passed": True}
+NAMES = ["cat/9.png", "dog/2.png", "eel/3.png", "eel/1.png"]
+PREPARED = {
+    "test_digest": "d1",
+    "source": {"source": "folder"},
+    "decode": {"size": 6},
+    "counts": {"train": 1, "validation": 0, "test": 4},
+    "left_out": {"duplicate": 1},
+    "near_duplicates": {"pairs": 0, "across_splits": 0},
+}
 FACTS = {"model_id": "abc", "test_digest": "d1", "threshold": 0.6}
 
 
@@ -27,7 +38,9 @@ def measured(probabilities=None, targets=TARGETS, params=None, **facts):
 def test_every_figure_of_four_images():
     # Confidences .7, .5, .875, .6 are alone in their bins; gaps .3, .5, .125, .6 average to .38125.
     # Confidence .6 in float32 is above the threshold of .6: three accepted, two of them right.
-    assert measured().metrics == {
+    found = measured().metrics
+    found.pop("intervals")
+    assert found == {
         "model_id": "abc",
         "test_digest": "d1",
         "test_images": 4,
@@ -35,6 +48,7 @@ def test_every_figure_of_four_images():
         "accuracy": 0.75,
         "accuracy_low": 0.300642,
         "accuracy_high": 0.954413,
+        "top1_error": 0.25,
         "top5_error": 0.0,
         "macro_f1": 0.777778,
         "log_loss": round((-np.log([0.7, 0.5, 0.875, 0.1])).mean(), 6),
@@ -60,6 +74,21 @@ def test_every_figure_of_four_images():
             },
         },
     }
+
+
+def test_every_headline_figure_has_an_interval_that_holds_it():
+    found = measured().metrics
+    assert found["intervals"].keys() == {
+        *("top1_error", "top5_error", "macro_f1", "log_loss", "calibration_error", "accepted", "accepted_accuracy")
+    }
+    for name, (low, high) in found["intervals"].items():
+        assert low <= found[name] <= high, name
+    # Wilson's of the errors is that of the accuracy in a mirror.
+    assert found["intervals"]["top1_error"] == [round(1 - found[f"accuracy_{end}"], 6) for end in ("high", "low")]
+    narrow = measured(params=EvaluateParams(confidence_level=0.5)).metrics["intervals"]
+    for name in ("top1_error", "log_loss"):
+        wide = found["intervals"][name]
+        assert wide[0] < narrow[name][0] < narrow[name][1] < wide[1]
 
 
 def test_all_figures_are_those_of_calibrated_probabilities():
@@ -149,9 +178,16 @@ def workspace(tmp_path, monkeypatch):
     np.save(prepared / "test" / "images.npy", images)
     np.save(prepared / "test" / "targets.npy", np.eye(3, dtype=np.float32)[TARGETS])
     write_json(prepared / "classes.json", CLASSES)
-    write_json(prepared / "prepared.json", {"test_digest": "d1"})
-    manifest = {"name": ["a.png"], "status": ["ok"], "split": ["train"]}
-    pd.DataFrame(manifest).to_parquet(prepared / "manifest.parquet")
+    write_json(prepared / "prepared.json", PREPARED)
+    pd.DataFrame(
+        {
+            "name": ["eel/1.png", "cat/9.png", "dog/2.png", "dog/9.png", "eel/3.png", "cat/8.png"],
+            "class": ["eel", "cat", "dog", "dog", "eel", "cat"],
+            "status": ["ok", "ok", "ok", "ok", "ok", "duplicate"],
+            "split": ["test", "test", "test", "train", "test", "test"],
+            "position": [3, 0, 1, 0, 2, -1],
+        }
+    ).to_parquet(prepared / "manifest.parquet")
     exported.mkdir()
     (exported / "model.keras").touch()
     (exported / "engines" / "openvino").mkdir(parents=True)
@@ -198,9 +234,9 @@ def test_evaluate_writes_what_it_measured(workspace):
     assert (out / "plots" / "calibration.csv").read_text() == (
         "confidence,accuracy,images\n0.5,1.0,1\n0.6,0.0,1\n0.7,1.0,1\n0.875,1.0,1\n"
     )
-    pd.testing.assert_frame_equal(
-        pd.read_parquet(out / "predictions.parquet"), measured().predictions, check_dtype=False
-    )
+    table = measured().predictions
+    table.insert(1, "name", NAMES)
+    pd.testing.assert_frame_equal(pd.read_parquet(out / "predictions.parquet"), table, check_dtype=False)
     assert sorted(path.name for path in out.iterdir()) == [
         "metrics.json",
         "plots",
@@ -236,26 +272,43 @@ def test_the_same_model_gives_the_same_bytes(workspace):
         assert (workspace / "first" / name).read_bytes() == (workspace / "second" / name).read_bytes()
 
 
-def test_source_names_follow_the_position_in_the_manifest(workspace):
-    manifest = pd.DataFrame(
-        {
-            "name": ["eel/1.png", "cat/9.png", "dog/2.png", "dog/9.png", "eel/3.png", "cat/8.png"],
-            "status": ["ok", "ok", "ok", "ok", "ok", "duplicate"],
-            "split": ["test", "test", "test", "train", "test", "test"],
-            "position": [3, 0, 1, 0, 2, -1],
-        }
-    )
-    manifest.to_parquet(workspace / "prepared" / "manifest.parquet")
+def test_the_pages_matrix_and_pictures_are_those_of_the_files_beside_it(workspace):
     run(workspace)
-    table = pd.read_parquet(workspace / "evaluation" / "predictions.parquet")
-    assert table["name"].tolist() == ["cat/9.png", "dog/2.png", "eel/3.png", "eel/1.png"]
-    assert "test image 3: eel/1.png" in (workspace / "evaluation" / "report.html").read_text()
+    out = workspace / "evaluation"
+    page = (out / "report.html").read_text()
+    plots, table = pd.read_csv(out / "plots" / "confusion.csv"), pd.read_parquet(out / "predictions.parquet")
+    counts = pd.crosstab(plots["actual"], plots["predicted"]).reindex(index=CLASSES, columns=CLASSES, fill_value=0)
+    cells = re.findall(r'<td class="cell[^>]*>(?:<a[^>]*>)?(\d+)', page)
+    assert [int(count) for count in cells] == counts.to_numpy().ravel().tolist()
+    tiles = re.findall(r'title="test image (\d): ([^;]*); (\w+) ([\d.]+)%[^"]*"><i[^>]*></i>(\d+)%<', page)
+    assert sorted(tiles) == [
+        (str(i), row["name"], row["label"], f"{row['confidence']:.1%}"[:-1], f"{row['confidence']:.0%}"[:-1])
+        for i, row in table.iterrows()
+    ]
+    shown = re.findall(r'title="test image (\d): ([^"]*)"><div.*?<figcaption>(.*?)</figcaption>', page, re.DOTALL)
+    assert [(index, name) for index, name, _ in shown] == [(str(i), NAMES[i]) for i in (3, 1, 0, 2)]
+    for index, _, caption in shown:
+        for label, percent in re.findall(r"<bdi>(\w+)</bdi><span>(\d+)%", caption):
+            assert f"{table[f'p_{CLASSES.index(label)}'][int(index)]:.0%}" == f"{percent}%"
+
+
+def test_the_model_in_service_is_in_the_report_and_in_nothing_else(workspace):
+    run(workspace, "first")
+    models = workspace / "models"
+    (models / "registry" / "old").mkdir(parents=True)
+    shutil.copytree(workspace / "first", models / "registry" / "old" / "evaluation")
+    write_json(models / "registry" / "old" / "evaluation" / "metrics.json", measured(model_id="old").metrics)
+    write_json(models / "champion.json", {"id": "old"})
+    evaluate(workspace / "exported", workspace / "prepared", workspace / "second", EvaluateParams(), models)
+    assert "old was in service when this was evaluated" in (workspace / "second" / "report.html").read_text()
+    assert "in service when" not in (workspace / "first" / "report.html").read_text()
+    assert (workspace / "first" / "metrics.json").read_bytes() == (workspace / "second" / "metrics.json").read_bytes()
 
 
 def test_other_test_data_than_the_model_was_trained_beside_is_said_in_the_report(workspace):
     run(workspace)
     assert "The test split has changed" not in (workspace / "evaluation" / "report.html").read_text()
-    write_json(workspace / "prepared" / "prepared.json", {"test_digest": "d2"})
+    write_json(workspace / "prepared" / "prepared.json", {**PREPARED, "test_digest": "d2"})
     run(workspace)
     assert "The test split has changed" in (workspace / "evaluation" / "report.html").read_text()
     assert json.loads((workspace / "evaluation" / "metrics.json").read_text())["test_digest"] == "d2"

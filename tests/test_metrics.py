@@ -160,3 +160,46 @@ def test_agreement_and_max_difference():
     assert metrics.max_difference(PROBABILITIES, other) == pytest.approx(0.5)
     assert metrics.agreement(PROBABILITIES, PROBABILITIES) == 1.0
     assert metrics.max_difference(PROBABILITIES, PROBABILITIES) == 0.0
+
+
+def test_bootstrap_intervals_are_those_of_images_drawn_with_replacement(monkeypatch):
+    monkeypatch.setattr(metrics, "_COUNTS", 10_000)  # so that the draws take several rounds
+    targets, probabilities = random_case(3, count=80, classes=3)
+    found = metrics.bootstrap_intervals(targets, probabilities, bin_count=5, level=0.9)
+    random = np.random.default_rng(1)
+    drawn = []
+    for _ in range(1000):
+        chosen = random.integers(80, size=80)
+        own, labels = targets[chosen], probabilities[chosen].argmax(axis=1)
+        bins = metrics.calibration_bins(probabilities[chosen].max(axis=1), labels == own, 5)
+        scores = metrics.class_scores(metrics.confusion_matrix(own, labels, 3))
+        drawn.append(
+            [metrics.macro_f1(scores), metrics.log_loss(own, probabilities[chosen]), metrics.calibration_error(bins)]
+        )
+    low, high = np.quantile(drawn, [0.05, 0.95], axis=0)
+    for i, name in enumerate(("macro_f1", "log_loss")):
+        np.testing.assert_allclose(found[name], (low[i], high[i]), atol=0.1 * (high[i] - low[i]))
+    bins = metrics.calibration_bins(probabilities.max(axis=1), probabilities.argmax(axis=1) == targets, 5)
+    own = metrics.calibration_error(bins)
+    mirrored = 2 * own - high[2], 2 * own - low[2]
+    np.testing.assert_allclose(found["calibration_error"], mirrored, atol=0.1 * (high[2] - low[2]))
+
+
+def test_a_bootstrap_interval_holds_the_figure_and_stays_within_its_range():
+    for seed in range(5):
+        targets, probabilities = random_case(seed, count=6, classes=3)
+        for bin_count in (2, 15):
+            found = metrics.bootstrap_intervals(targets, probabilities, bin_count)
+            right = probabilities.argmax(axis=1) == targets
+            own = metrics.calibration_error(metrics.calibration_bins(probabilities.max(axis=1), right, bin_count))
+            low, high = found["calibration_error"]
+            assert 0 <= low <= own + 1e-12
+            assert own <= high + 1e-12
+            assert 0 <= found["macro_f1"][0] <= found["macro_f1"][1] <= 1
+
+
+def test_images_that_are_all_alike_leave_no_doubt():
+    found = metrics.bootstrap_intervals(np.zeros(50, int), np.tile([0.75, 0.25], (50, 1)))
+    assert found["macro_f1"] == (1.0, 1.0)
+    np.testing.assert_allclose(found["log_loss"], [math.log(4 / 3)] * 2)
+    np.testing.assert_allclose(found["calibration_error"], [0.25, 0.25])

@@ -1,7 +1,8 @@
+import hashlib
 import html.parser
 import io
 import re
-from base64 import b64decode
+from base64 import b64decode, b64encode
 
 import numpy as np
 import pandas as pd
@@ -9,13 +10,15 @@ import pytest
 from PIL import Image
 
 from tasks import charts
+from tasks.confusions import MATRIX_CLASSES
 from tasks.datacard import render_data_card
 from tasks.evaluate import EvaluateParams, summarize
 from tasks.metrics import calibration_bins
 from tasks.pages import thumbnail, thumbnail_edge
-from tasks.report import MATRIX_CLASSES, Picture, ReportData, render_report
+from tasks.report import Picture, ReportData, render_report
+from tasks.rival import Rival
 
-LIMIT_BYTES = 2_000_000
+LIMIT_BYTES = 3_000_000
 HISTORY = pd.DataFrame(
     {
         "epoch": [1, 2, 3],
@@ -37,14 +40,35 @@ FACTS = {
     "normalization": {"mode": "unit"},
     "engines": {"keras-float32": {"offered": True}},
     "limits": {"minimum_agreement": 0.995, "maximum_loss": 0.003},
+    "machine": {"processor": "EPYC", "cores": 2},
+}
+DATA = {
+    "source": {"source": "folder", "file": "images.tar", "sha256": "7e" * 32},
+    "decode": {"size": 8},
+    "counts": {"train": 12345, "validation": 678, "test": 300},
+    "left_out": {"truncated": 4, "label_conflict": 2},
+    "near_duplicates": {"pairs": 9, "across_splits": 3},
 }
 HOSTILE = ["<script>alert(1)</script>", '"><img src=x onerror=alert(1)>', "🦊 & {{ 7*7 }}", "plain"]
 
 
-def report_data(classes=None, count=300, size=8, quality=2.0, pictures=4, threshold=0.5, **changes):
+class Images:
+    """As many random pictures as one likes, in no memory."""
+
+    def __init__(self, count, size):
+        self.shape = (count, size, size, 3)
+
+    def __getitem__(self, index):
+        return np.random.default_rng(index).integers(0, 256, self.shape[1:], np.uint8)
+
+
+def report_data(
+    classes=None, count=300, size=8, quality=2.0, pictures=4, threshold=0.5, temperature=1.0, absent=0, **changes
+):
+    """What a report shows of random predictions; the last ``absent`` classes have no test images."""
     classes = classes or [f"class {i}" for i in range(7)]
     random = np.random.default_rng(0)
-    targets = random.integers(0, len(classes), count)
+    targets = random.integers(0, len(classes) - absent, count)
     scores = random.normal(size=(count, len(classes))) + quality * np.eye(len(classes))[targets]
     probabilities = np.exp(scores) / np.exp(scores).sum(axis=1, keepdims=True)
     engines = {"keras-float32": probabilities, "openvino-bfloat16": probabilities.round(2)}
@@ -56,7 +80,9 @@ def report_data(classes=None, count=300, size=8, quality=2.0, pictures=4, thresh
         model_id="abc123",
         test_digest="d1",
         threshold=threshold,
+        temperature=temperature,
     )
+    found.predictions["name"] = [f"{classes[target]}/{i}.png" for i, target in enumerate(targets)]
 
     def picture(index):
         pixels = random.integers(0, 256, (size, size, 3), np.uint8)
@@ -66,11 +92,16 @@ def report_data(classes=None, count=300, size=8, quality=2.0, pictures=4, thresh
         "metrics": found.metrics,
         "classes": classes,
         "matrix": found.matrix,
+        "predictions": found.predictions,
+        "images": Images(count, size),
         "bins": found.bins,
+        "raw_bins": found.raw_bins,
         "mistakes": [picture(i) for i in found.mistakes],
         "hits": [picture(i) for i in found.hits],
         "history": HISTORY,
         "facts": FACTS,
+        "data": DATA,
+        "class_counts": {name: {"train": 5000 + i, "test": 7} for i, name in enumerate(classes)},
         "reference": "keras-float32",
     }
     return ReportData(**{**values, **changes})
@@ -104,46 +135,84 @@ class Page(html.parser.HTMLParser):
             assert self._open.pop() == tag
 
     def handle_data(self, data):
-        if "style" not in self._open:
+        if not {"style", "script"} & {*self._open}:
             self.text += data
         if "data" in self._open:
             self.figures[self._metric["data-metric"]][1] += data
+
+
+RIVAL_METRICS = {"accuracy": 0.7, "top1_error": 0.3, "log_loss": 0.987, "per_class": {}}
+COMPARISON = {
+    "gain": 0.0123,
+    "test_images": 300,
+    "now_right": 1017,
+    "now_wrong": 894,
+    "p": 0.0521,
+    "interval": [-0.0012, 0.0268],
+    "classes": [{"name": "class 2", "change": -0.034}],
+}
+
+
+def rival(**changes):
+    return Rival("old987", **{"metrics": RIVAL_METRICS, "comparison": COMPARISON, **changes})
 
 
 def flat(metrics, prefix=""):
     for name, value in metrics.items():
         if isinstance(value, dict):
             yield from flat(value, f"{prefix}{name}.")
+        elif isinstance(value, list):
+            yield from flat(dict(enumerate(value)), f"{prefix}{name}.")
         else:
-            yield prefix + name, value
+            yield f"{prefix}{name}", value
 
 
-def test_every_figure_is_that_of_metrics_json_and_is_shown_as_it_is():
-    data = report_data()
+def test_every_figure_is_that_of_the_json_files_and_is_shown_as_it_is():
+    data = report_data(temperature=1.3, rival=rival())
     shown = Page(render_report(data)).figures
-    expected = {name: value for name, value in flat(data.metrics) if not isinstance(value, str | bool)}
+    known = {name: DATA[name] for name in ("counts", "left_out", "near_duplicates")}
+    champion = {name: value for name, value in RIVAL_METRICS.items() if name != "per_class"}
+    comparison = {name: value for name, value in COMPARISON.items() if name not in ("classes", "test_images")}
+    everything = {**data.metrics, "data": known, "champion": champion, "comparison": comparison}
+    expected = {name: value for name, value in flat(everything) if not isinstance(value, str | bool)}
     expected.pop("test_images")
     assert shown.keys() == expected.keys()
     for name, (value, text) in shown.items():
         assert float(value) == expected[name], name
-        scale = 100 if text.endswith("%") else 1
+        scale = 100 if text.endswith("%") or name.startswith(("comparison.gain", "comparison.interval")) else 1
         digits = text.rstrip("%").replace(",", "")
         decimals = len(digits.partition(".")[2]) if "e" not in digits else 9
         assert float(digits) / scale == pytest.approx(expected[name], abs=0.51 * 10**-decimals / scale), name
 
 
 @pytest.mark.parametrize("classes", [None, HOSTILE, [f"c{i}" for i in range(MATRIX_CLASSES + 1)]])
-def test_the_report_loads_nothing_and_runs_nothing(classes):
-    text = render_report(report_data(classes))
+def test_the_report_loads_nothing_and_runs_its_own_script_alone(classes):
+    text = render_report(report_data(classes, temperature=1.3, rival=rival()))
     page = Page(text)
-    assert not re.search(r"https?:|//[a-z]|url\(|@import", re.sub(r"data:image/png;base64,[\w+/=]+", "", text))
-    assert not {"script", "link", "iframe", "object", "embed", "base"} & {tag for tag, _ in page.elements}
+    assert not re.search(
+        r"https?:|//[a-z]|url\((?!data:)|@import", re.sub(r"data:image/[a-z]+;base64,[\w+/=]+", "data:", text)
+    )
+    assert not {"link", "iframe", "object", "embed", "base"} & {tag for tag, _ in page.elements}
     for _, attributes in page.elements:
         assert not any(name.startswith("on") for name in attributes)
         assert attributes.get("src", "data:image/png").startswith("data:image/png")
         assert attributes.get("href", "#").startswith("#")
+    assert [tag for tag, _ in page.elements].count("script") == 1
+    script = re.search(r"<script>(.*?)</script>", text, re.DOTALL).group(1)
+    digest = b64encode(hashlib.sha256(script.encode()).digest()).decode()
     policy = next(attributes for _, attributes in page.elements if attributes.get("http-equiv"))
-    assert policy["content"].startswith("default-src 'none'")
+    expected = f"default-src 'none'; script-src 'sha256-{digest}'; img-src data:; style-src 'unsafe-inline'"
+    assert policy["content"] == expected
+
+
+def test_every_link_within_the_page_leads_somewhere():
+    for classes in (None, [f"c{i}" for i in range(MATRIX_CLASSES + 1)]):
+        page = Page(render_report(report_data(classes, rival=rival())))
+        ids = [attributes["id"] for _, attributes in page.elements if "id" in attributes]
+        links = {attributes["href"][1:] for tag, attributes in page.elements if tag == "a"}
+        assert len(ids) == len(set(ids))
+        assert links <= set(ids)
+        assert any(link.startswith("cell-") for link in links)
 
 
 def test_hostile_class_names_are_shown_as_text():
@@ -167,7 +236,7 @@ def test_the_matrix_has_a_cell_per_pair_until_it_becomes_a_picture():
 def test_the_matrix_shows_counts_and_row_shares():
     data = report_data(["a", "b"], count=40, quality=1.0)
     text = render_report(data)
-    rows = re.findall(r'<td class="cell[^>]*>(\d+)<small>([\d%<]+)</small>', text)
+    rows = re.findall(r'<td class="cell[^>]*><a href="[^"]*">(\d+)<small>([\d%<]+)</small>', text)
     shares = data.matrix / data.matrix.sum(axis=1, keepdims=True)
     assert [(int(count), share) for count, share in rows] == [
         (int(c), f"{s:.0%}") for c, s in zip(data.matrix.ravel(), shares.ravel(), strict=True)
@@ -182,7 +251,7 @@ def test_the_commonest_confusions_come_first_with_their_share_of_the_class():
     assert cells == [["b", "a", "5", "50.0%"], ["a", "b", "2", "20.0%"], ["b", "c", "1", "10.0%"]]
 
 
-@pytest.mark.parametrize(("classes", "size"), [(10, 32), (100, 224)])
+@pytest.mark.parametrize(("classes", "size"), [(10, 32), (30, 64), (100, 64)])
 def test_the_report_of_ten_thousand_images_is_light(classes, size):
     data = report_data([f"class {i}" for i in range(classes)], count=10_000, size=size, pictures=64)
     assert len(data.mistakes) == len(data.hits) == 64
@@ -206,6 +275,45 @@ def test_a_picture_shows_its_most_probable_classes_and_a_heat_map_beside_it():
     np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(b64decode(beside.partition(",")[2])))), heat)
 
 
+def test_the_model_in_service_stands_beside_this_one():
+    text = Page(render_report(report_data(rival=rival()))).text
+    assert "old987 was in service when this was evaluated" in text
+    assert "Recall fell most in class 2 (-3.40)." in text
+    other = Page(render_report(report_data(rival=rival(comparison=None, obstacle="it saw another test set")))).text
+    assert "The figures do not compare: it saw another test set" in other
+    assert "70.00%" in other
+    assert "McNemar" not in other
+    missing = Page(render_report(report_data(rival=rival(metrics={}, comparison=None, obstacle="it is gone")))).text
+    assert "its figures were not at hand: it is gone" in missing
+    assert "Beside the model in service" not in Page(render_report(report_data())).text
+
+
+def test_a_temperature_shows_the_diagram_before_and_after_it():
+    before, after = (render_report(report_data(temperature=t)) for t in (1.0, 1.3))
+    assert before.count('aria-label="Accuracy over confidence') == 1
+    assert after.count('aria-label="Accuracy over confidence') == 2
+    data = report_data(temperature=1.3)
+    for bins in (data.bins, data.raw_bins):
+        fullest = max(bins, key=lambda b: b.images)
+        assert f"{fullest.correct:,} of {fullest.images:,} right" in after
+
+
+def test_the_report_counts_the_data_it_was_trained_on():
+    text = render_report(report_data(["a", "b"])).partition('id="data"')[2]
+    assert re.search(r"<dt>Left out</dt><dd[^>]*>6</dd>", text)
+    assert "4 truncated, 2 label conflict" in re.sub(r"<[^>]*>", "", text)
+    counts = [re.findall(r">([^<\n]+)</(?:bdi|td)>", row) for row in text.partition("<tbody>")[2].split("</tr>")[:2]]
+    assert counts == [["a", "5,000", "0", "7"], ["b", "5,001", "0", "7"]]
+
+
+def test_curves_tell_their_values_at_each_epoch_and_at_so_many_places_at_most():
+    many = [charts.Series("a", [(x, 0.5) for x in range(1, 1001)], "ink")]
+    assert charts.line_chart(many, "x").count('class="at"') <= charts.READOUTS
+    pair = [charts.Series("training", [(1, 0.25), (2, float("nan"))], "ink"), charts.Series("val", [(2, 0.125)], "ink")]
+    told = re.findall(r">(epoch [^<]*)<", charts.line_chart(pair, "x", charts.round_percent))
+    assert told == ["epoch 1: training 25%", "epoch 2: val 12.5%"]
+
+
 def test_a_flawless_model_without_history_or_threshold_has_a_report():
     data = report_data(["a", "b"], quality=50.0, threshold=None, history=pd.DataFrame(), hits=[])
     text = Page(render_report(data)).text
@@ -216,8 +324,8 @@ def test_a_flawless_model_without_history_or_threshold_has_a_report():
 
 
 def test_a_class_without_images_shows_dashes_instead_of_scores():
-    data = report_data(["a", "b", "c"])
-    data.metrics["per_class"]["c"] = {"precision": 0.0, "recall": 0.0, "f1": 0.0, "images": 0}
+    data = report_data(["a", "b", "c"], absent=1)
+    assert data.metrics["per_class"]["c"]["images"] == 0
     row = re.search(r"<bdi>c</bdi></th>.*?</tr>", render_report(data), re.DOTALL).group()
     assert row.count("–") == 3
 
@@ -242,7 +350,8 @@ def test_ticks_are_round_and_cover_the_range():
 def test_a_line_has_gaps_where_values_are_missing_and_one_value_is_a_dot():
     gap = charts.line_chart([charts.Series("a", [(1, 1.0), (2, float("nan")), (3, 2.0), (4, 1.0)], "ink")], "x")
     assert re.search(r'd="M[\d.]+ [\d.]+M[\d.]+ [\d.]+L[\d.]+ [\d.]+"', gap)
-    assert charts.line_chart([charts.Series("a", [(1, 0.5)], "ink")], "x").count("<circle") == 1
+    dot = charts.line_chart([charts.Series("a", [(1, 0.5)], "ink")], "x").partition('<g class="at">')[0]
+    assert dot.count("<circle") == 1
     assert charts.line_chart([charts.Series("a", [(1, float("nan"))], "ink")], "x") == ""
 
 
