@@ -1,13 +1,21 @@
 """Publishing with real git: what others see, and that the user's branch, index and files stay what they are."""
 
+import http.client
+import http.server
 import json
+import math
 import os
 import shutil
 import signal
+import socket
+import struct
 import subprocess
 import sys
 import textwrap
+import threading
+from collections.abc import Iterator
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import pytest
 
@@ -15,6 +23,7 @@ from flows import publish as publishing
 from flows import storage
 from flows.publish import Published, publish, unite_ledgers
 from flows.workspace import Workspace
+from tests import object_store
 
 
 @pytest.fixture(autouse=True)
@@ -642,3 +651,113 @@ def test_ledgers_are_united_by_time_and_keep_their_own_order():
     assert unite_ledgers(theirs, "") == theirs
     torn = line("a", 1) + '{"time": "20'
     assert unite_ledgers(torn, line("a", 1) + line("b", 2)) == line("a", 1) + '{"time": "20\n' + line("b", 2)
+
+
+class FailingStore(http.server.BaseHTTPRequestHandler):
+    """Passes requests on to an object store until ``puts_left`` is used up; then an error or two, then resets."""
+
+    protocol_version = "HTTP/1.1"  # whose clients wait for a "100 Continue" before they send an object
+    store: tuple[str, int]
+    puts_left: float
+    errors_left: int
+
+    def handle_request(self) -> None:
+        data = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        if self.command == "PUT":
+            type(self).puts_left -= 1
+            if self.puts_left < 0:
+                self.fail()
+                return
+        connection = http.client.HTTPConnection(*self.store, timeout=30)
+        headers = {name: value for name, value in self.headers.items() if name.lower() != "expect"}
+        connection.request(self.command, self.path, data, headers)
+        answer = connection.getresponse()
+        body = answer.read()
+        self.send_response_only(answer.status)
+        for name, value in answer.getheaders():
+            if name.lower() not in ("transfer-encoding", "content-length", "connection"):
+                self.send_header(name, value)
+        length = answer.getheader("Content-Length") if self.command == "HEAD" else len(body)
+        self.send_header("Content-Length", str(length or 0))
+        self.end_headers()
+        self.wfile.write(body)
+        connection.close()
+
+    do_GET = do_PUT = do_POST = do_HEAD = do_DELETE = handle_request
+
+    def fail(self) -> None:
+        if self.errors_left > 0:
+            type(self).errors_left -= 1
+            body = b"<Error><Code>InternalError</Code><Message>disk on fire</Message></Error>"
+            self.send_response(500)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+        else:  # lingering for no time at all sends a reset
+            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self.close_connection = True
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def failing_store(monkeypatch) -> Iterator[tuple[str, type[FailingStore]]]:
+    """An address in an S3 that answers on loopback, and the handler that says how much longer it takes things."""
+    with object_store.s3() as address:
+        behind = urlsplit(os.environ["AWS_ENDPOINT_URL"])
+
+        class Handler(FailingStore):
+            store = (behind.hostname, behind.port)
+            puts_left = math.inf
+            errors_left = 0
+
+        with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+            threading.Thread(target=server.serve_forever, daemon=True).start()
+            monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.server_port}")
+            yield address, Handler
+            server.shutdown()
+
+
+@pytest.mark.slow
+def test_an_s3_remote_that_dies_half_way_under_a_moved_upstream_and_a_dirty_tree(
+    upstream, colleague, tmp_path, failing_store, monkeypatch
+):
+    address, store = failing_store
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")  # patience would only take time here
+    workspace = Workspace(clone(upstream, tmp_path / "workspace"))
+    root = workspace.root
+    dvc(root, "init", "--quiet")
+    config = f"[core]\n analytics = false\n remote = storage\n['remote \"storage\"']\n url = {address}/dvc\n"
+    (root / ".dvc" / "config").write_text(config)
+    git(root, "add", ".dvc", ".dvcignore")
+    git(root, "commit", "-qm", "DVC")
+    git(root, "push", "-q")
+    parts = {f"models/registry/aaa/part-{number}": f"part {number} of aaa" for number in range(6)}
+    write(root, {**parts, "models/champion.json": '{"id": "aaa"}', "models/ledger.jsonl": line("aaa", 1)})
+    dvc(root, "add", "--quiet", "models/registry/aaa")
+    git(colleague, "pull", "-q")
+    write(colleague, {"more.py": "a colleague's\n"})
+    git(colleague, "add", ".")
+    git(colleague, "commit", "-qm", "moved")
+    git(colleague, "push", "-q")
+    make_dirty(workspace)
+    before = the_users(workspace)
+    heads = git(root, "rev-parse", "HEAD"), git(upstream, "rev-parse", "main")
+
+    store.puts_left, store.errors_left = 3, 2
+    published = run(workspace)
+    assert (published.state, published.commit) == ("postponed", None)
+    assert published.reason.startswith("dvc push: ")
+    assert store.puts_left < 0
+    assert (git(root, "rev-parse", "HEAD"), git(upstream, "rev-parse", "main")) == heads
+    assert the_users(workspace) == before
+
+    store.puts_left = math.inf
+    published = run(workspace)
+    assert (published.state, published.pushed_to, published.notes) == ("done", "origin/main", [])
+    assert git(upstream, "log", "-2", "--format=%s", "main").splitlines() == ["nightly: promoted [skip ci]", "moved"]
+    assert the_users(workspace) == before
+    elsewhere = clone(upstream, tmp_path / "elsewhere")
+    dvc(elsewhere, "pull", "--quiet")
+    assert {name: (elsewhere / name).read_text() for name in parts} == parts
