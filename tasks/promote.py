@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from tasks.bundle import load_bundle
 from tasks.errors import NightlyError
-from tasks.files import publish_directory, write_json
+from tasks.files import publish_directory, write_json, write_text
 from tasks.judge import Metrics, Verdict, read_metrics
 from tasks.registry import champion_id, registered_path
 
@@ -51,7 +51,7 @@ class Entry:
 
 
 def register(exported: Path, evaluation: Path, registry: Path) -> str:
-    """Copy an exported model and its evaluation into ``registry``; return its id.
+    """Copy an exported model and its evaluation into ``registry``, with a card about both; return its id.
 
     The copy's engines also have the evaluation's evidence, and one that failed on the test split is not offered. A
     model that is registered already stays untouched.
@@ -59,6 +59,8 @@ def register(exported: Path, evaluation: Path, registry: Path) -> str:
     Raises:
         NightlyError: ``exported`` is no complete bundle, or ``evaluation`` is of another model.
     """
+    from tasks.modelcard import CARD, render_card  # not for those who only read the ledger
+
     bundle = load_bundle(exported)
     metrics = read_metrics(evaluation)
     if metrics["model_id"] != bundle.id:
@@ -67,7 +69,9 @@ def register(exported: Path, evaluation: Path, registry: Path) -> str:
     if not destination.exists():
         with publish_directory(destination) as partial:
             shutil.copytree(exported, partial, dirs_exist_ok=True)
-            bundle.changed(path=partial, engines=_tested(bundle.engines, metrics.get("engines", {}))).save()
+            bundle = bundle.changed(path=partial, engines=_tested(bundle.engines, metrics.get("engines", {})))
+            bundle.save()
+            write_text(partial / CARD, render_card(bundle, metrics))
             (partial / "evaluation").mkdir(exist_ok=True)
             for name in EVALUATION_FILES:
                 shutil.copyfile(evaluation / name, partial / "evaluation" / name)

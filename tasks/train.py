@@ -297,6 +297,8 @@ def train(
         "devices": device.count,
         "precision": machine.precision,
         "parameter_count": final.count_params(),
+        "training_images": images,
+        "validation_images": len(data.validation.images),
         "epochs": len(table),
         "kept_epoch": int(kept["epoch"]),
         "validation_accuracy": float(kept["val_accuracy"]),

@@ -42,6 +42,7 @@ def test_a_registered_model_is_a_copy_with_its_evaluation(tmp_path):
     files = {str(path.relative_to(tmp_path / "registry")) for path in (tmp_path / "registry").rglob("*.*")}
     assert files == {
         "m1/bundle.json",
+        "m1/card.md",
         "m1/model.keras",
         "m1/evaluation/metrics.json",
         "m1/evaluation/predictions.parquet",

@@ -58,6 +58,8 @@ def test_the_bundle_holds_what_prediction_needs(candidate, prepared):
     assert bundle.data_digest == facts["data_digest"]
     assert bundle.parameters["train"]["epochs"] == 8
     assert bundle.libraries["keras"]
+    found = {name: bundle.training[f"{name}_images"] for name in ("training", "validation")}
+    assert found == {"training": facts["counts"]["train"], "validation": facts["counts"]["validation"]}
     assert len(bundle.id) == 12
 
 
