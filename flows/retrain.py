@@ -164,12 +164,8 @@ def take_in(tonight: Tonight) -> Intake:
 @task(name="inbox", task_run_name="inbox", cache_policy=NO_CACHE, persist_result=False)
 def take_in_inbox(tonight: Tonight) -> Intake:
     """Validate, pack and version what lies in ``data/inbox``."""
-    logger = get_run_logger()
     limit = tonight.rules.stage_time_limit_hours * 3600
-    intake = inbox.take_in(tonight.workspace, tonight.logs, tonight.patience_seconds, logger.info, limit)
-    for sentence in intake.sentences():
-        logger.info(sentence)
-    return intake
+    return inbox.take_in(tonight.workspace, tonight.logs, tonight.patience_seconds, get_run_logger().info, limit)
 
 
 def bring_up_to_date(tonight: Tonight, force: bool, runs: list[StageRun]) -> None:
