@@ -1,11 +1,10 @@
 """Measure every engine of a model on the frozen test split; write metrics, predictions, plots and the report."""
 
 import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -13,12 +12,13 @@ import pandas as pd
 from pydantic import Field
 
 from tasks import metrics
-from tasks.bundle import Bundle, Limits, load_bundle
+from tasks.bundle import Bundle, Limits, load_bundle, load_keras_model
 from tasks.calibration import apply_temperature
 from tasks.choice import available, compare, evidence
 from tasks.engines import REFERENCE, Engine, open_engine
 from tasks.errors import NightlyError, run_main
 from tasks.files import publish_directory, read_json, write_json, write_text
+from tasks.heat import GradCam, overlay
 from tasks.judge import Evaluated
 from tasks.params import Section, read_section
 from tasks.progress import progress
@@ -218,6 +218,8 @@ def evaluate(
     table = evaluation.predictions
     table.insert(1, "name", used[used["split"] == "test"].sort_values("position")["name"].to_numpy())
     challenger = Evaluated(evaluation.metrics, table["target"].to_numpy(), table["correct"].to_numpy())
+    shown = [*evaluation.mistakes, *evaluation.hits]
+    heats = dict(zip(shown, _heat_maps(bundle, images[shown], table["label"][shown]), strict=True))
     report = ReportData(
         metrics=evaluation.metrics,
         classes=bundle.classes,
@@ -226,8 +228,8 @@ def evaluate(
         images=images,
         bins=evaluation.bins,
         raw_bins=evaluation.raw_bins,
-        mistakes=_pictures(evaluation.mistakes, table, images, bundle.classes),
-        hits=_pictures(evaluation.hits, table, images, bundle.classes),
+        mistakes=[_picture(table.iloc[i], images[i], bundle.classes, heats[i]) for i in evaluation.mistakes],
+        hits=[_picture(table.iloc[i], images[i], bundle.classes, heats[i]) for i in evaluation.hits],
         history=_history(bundle),
         facts=bundle.model_dump(mode="json", exclude={"path"}),
         data=facts,
@@ -319,15 +321,13 @@ def _notes(bundle: Bundle, prepared: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _pictures(
-    indexes: Sequence[int],
-    predictions: pd.DataFrame,
-    images: np.ndarray,
-    classes: list[str],
-    heats: Mapping[int, np.ndarray] = MappingProxyType({}),
-) -> list[Picture]:
-    """Return what the report shows of some test images; ``heats`` are ``Picture.heat`` of as many as have one."""
-    return [_picture(predictions.iloc[index], images[index], classes, heats.get(index)) for index in indexes]
+def _heat_maps(bundle: Bundle, images: np.ndarray, labels: Iterable[str]) -> list[np.ndarray | None]:
+    """Return each image uint8 (H, W, 3) with what spoke for its label laid over it, None where nothing did."""
+    if not len(images):
+        return []
+    gradcam = GradCam(load_keras_model(bundle))
+    heats = gradcam.heat(images, [bundle.classes.index(label) for label in labels])
+    return [overlay(pixels, heat) if heat.any() else None for pixels, heat in zip(images, heats, strict=True)]
 
 
 def _picture(row: pd.Series, pixels: np.ndarray, classes: list[str], heat: np.ndarray | None) -> Picture:

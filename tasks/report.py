@@ -129,6 +129,7 @@ def render_report(data: ReportData) -> str:
         histogram=charts.confidence_histogram(data.bins, threshold),
         mistakes=[_picture_values(picture, edge) for picture in data.mistakes],
         hits=[_picture_values(picture, edge) for picture in data.hits],
+        heated=any(picture.heat is not None for picture in pictures),
         pixelated=pixelated([data.images[0]]),
         curves=_curves(data.history, facts["training"].get("kept_epoch")),
         epochs=len(data.history),

@@ -1,10 +1,13 @@
+import io
 import json
 import re
 import shutil
+from base64 import b64decode
 
 import numpy as np
 import pandas as pd
 import pytest
+from PIL import Image
 
 from tasks import evaluate as stage
 from tasks.bundle import Limits
@@ -12,6 +15,7 @@ from tasks.calibration import apply_temperature
 from tasks.errors import NightlyError
 from tasks.evaluate import EvaluateParams, evaluate, summarize
 from tasks.files import write_json
+from tasks.heat import overlay
 
 CLASSES = ["cat", "dog", "eel"]
 TARGETS = np.array([0, 1, 2, 2])
@@ -198,7 +202,20 @@ def workspace(tmp_path, monkeypatch):
     write_json(exported / "bundle.json", bundle_facts())
     tables = {"keras-float32": KERAS, "openvino-float32": OTHER}
     monkeypatch.setattr(stage, "open_engine", lambda bundle, name, batch_size: TableEngine(name, tables[name]))
+    monkeypatch.setattr(stage, "load_keras_model", lambda bundle: bundle.classes)
+    monkeypatch.setattr(stage, "GradCam", LabelHeat)
     return tmp_path
+
+
+class LabelHeat:
+    """Finds that everything in images of class 0 speaks for it, and nothing in others."""
+
+    def __init__(self, classes):
+        self._classes = classes
+
+    def heat(self, images, classes):
+        assert images.shape[1:] == (6, 6, 3)
+        return np.stack([np.full((6, 6), float(label == 0), np.float32) for label in classes])
 
 
 def bundle_facts(**changes):
@@ -290,6 +307,21 @@ def test_the_pages_matrix_and_pictures_are_those_of_the_files_beside_it(workspac
     for index, _, caption in shown:
         for label, percent in re.findall(r"<bdi>(\w+)</bdi><span>(\d+)%", caption):
             assert f"{table[f'p_{CLASSES.index(label)}'][int(index)]:.0%}" == f"{percent}%"
+
+
+def test_each_picture_has_the_heat_map_of_its_label_beside_it(workspace):
+    run(workspace)
+    page = (workspace / "evaluation" / "report.html").read_text()
+    pairs = re.findall(
+        r'alt="Test image (\d)">(?:<img src="([^"]*)" alt="What spoke for cat"|<span class="nothing")', page
+    )
+    assert [(index, bool(source)) for index, source in pairs] == [("3", True), ("1", False), ("0", True), ("2", False)]
+    for index, source in pairs:
+        if source:
+            found = np.asarray(Image.open(io.BytesIO(b64decode(source.partition(",")[2]))))
+            plain = np.zeros((6, 6, 3), np.uint8)
+            plain[0, 0, 0] = int(index)
+            np.testing.assert_array_equal(found, overlay(plain, np.ones((6, 6), np.float32)))
 
 
 def test_the_model_in_service_is_in_the_report_and_in_nothing_else(workspace):
