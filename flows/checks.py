@@ -113,7 +113,8 @@ def gpu(case: Case) -> Finding:
     remedy = "check 'nvidia-smi' and that the extra 'gpu' is installed, or set train.require_gpu to false"
     if not gpu_present():
         return fail("train.require_gpu is true, but no GPU is present", remedy)
-    code = "from tasks.device import prepare_device as p; d = p(True); print(f'{d.count} × {d.name}, {d.driver}')"
+    code = "from tasks.device import prepare_device; d = prepare_device(True, only_look=True)\n"
+    code += "print(f'{d.count} × {d.name}, {d.driver}')"
     try:
         return ok(python(case.root, code, 60).strip())
     except NightlyError as error:

@@ -16,6 +16,7 @@ from prefect.settings import PREFECT_API_URL, temporary_settings
 from prefect.task_runners import TaskRunner, ThreadPoolTaskRunner
 
 from tasks import prediction
+from tasks.device import GPU_SHARED
 from tasks.engines import REFERENCE
 from tasks.errors import NightlyError, describe
 from tasks.inputs import Input
@@ -43,8 +44,11 @@ NAMED = 5
     cache_policy=NO_CACHE,
     persist_result=False,
 )
-def classify_shard(order: prediction.Order, shard: int) -> int:
+def classify_shard(order: prediction.Order, shard: int, on: Where) -> int:
     """Classify one shard wherever this runs; return the number of its files."""
+    if on != "threads":
+        # Whose turn it is at a cluster's GPUs is the cluster's affair; a worker that kept one would keep it for ever.
+        os.environ[GPU_SHARED] = "1"
     return prediction.classify_shard(order, shard)
 
 
@@ -97,7 +101,7 @@ def run_shards(
             while (todo or running) and len(failures) < MANY:
                 while todo and len(running) < IN_FLIGHT:
                     shard = todo.popleft()
-                    running.append((shard, runner.submit(classify_shard, {"order": order, "shard": shard})))
+                    running.append((shard, runner.submit(classify_shard, {"order": order, "shard": shard, "on": on})))
                 shard, future = running.popleft()
                 try:
                     advance(future.result())

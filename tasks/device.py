@@ -3,21 +3,31 @@
 import ctypes
 import os
 import re
+import socket
 import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from tasks.errors import NightlyError
+from filelock import FileLock, Timeout
+
+from tasks.errors import Interrupted, NightlyError
+from tasks.files import read_json, write_json
 
 DRIVER = Path("/proc/driver/nvidia/version")
 CPU = Path("/proc/cpuinfo")
 
 #: Makes XLA's kernels for GPUs add in a fixed order. Read once, when XLA starts.
 _DETERMINISTIC_XLA = "--xla_gpu_deterministic_ops=true"
+
+#: Set in the environment, GPUs are used without waiting for a turn; children of a process that has its turn get it.
+GPU_SHARED = "NIGHTLY_GPU_SHARED"
+#: The GPUs that this process keeps from others, until it ends.
+_held: list[FileLock] = []
 
 #: Of mallopt, from malloc.h.
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
@@ -47,14 +57,18 @@ class Device:
     fast_bfloat16: bool = False
 
 
-def prepare_device(require_gpu: bool = False, *, deterministic: bool = False) -> Device:
+def prepare_device(require_gpu: bool = False, *, deterministic: bool = False, only_look: bool = False) -> Device:
     """Import Keras, let GPU memory grow as needed, and say where computation happens.
+
+    Where that is a GPU, wait until no other process of this software computes on it, and keep it until this one ends.
 
     Args:
         deterministic: the same seed gives the same numbers on the same machine, on a GPU at the cost of its
             fastest kernels. This must then be the process's first use of TensorFlow or JAX.
+        only_look: nothing will be computed, so that there is nothing to wait for.
 
     Raises:
+        Interrupted: by SIGINT while it waited.
         NightlyError: ``require_gpu`` is set and the backend sees no GPU. A missing driver would otherwise
             train on the CPU all night without a word.
     """
@@ -76,10 +90,52 @@ def prepare_device(require_gpu: bool = False, *, deterministic: bool = False) ->
         return Device(
             backend, "cpu", _cpu_name(), _cpu_count(backend), fast_bfloat16="amx_bf16" in _line(CPU, "flags").split()
         )
+    if not only_look:
+        _take_turn()
     name, capability = gpus[0]
     return Device(
         backend, "gpu", name, len(gpus), _nvidia_driver(), _gpu_memory_bytes(), fast_bfloat16=capability >= (8, 0)
     )
+
+
+def _take_turn() -> None:
+    """Wait until no other process of this account holds a GPU that this one sees, then hold them until its end.
+
+    Two at once would end each other for want of memory, in the middle of the night. The locks are the kernel's, which
+    gives them back however a process ends.
+    """
+    if os.environ.get(GPU_SHARED):
+        return
+    # Not the home folder: a service's account may have none.
+    folder = Path(tempfile.gettempdir()) / f"resnet-nightly-{os.getuid()}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    command = " ".join(" ".join(sys.orig_argv[1:]).split())[:100]
+    facts = {"command": command, "folder": os.getcwd(), "pid": os.getpid(), "host": socket.gethostname()}
+    for gpu in sorted(_gpu_ids()):  # in one order, so that no two wait for each other
+        lock, owner = FileLock(folder / f"{gpu}.lock"), folder / f"{gpu}.json"
+        try:
+            lock.acquire(blocking=False)
+        except Timeout:
+            holder = _holder(owner)
+            print(f"waiting for the GPU: {holder}", flush=True)
+            try:
+                lock.acquire(poll_interval=1.0)
+            except KeyboardInterrupt:
+                raise Interrupted(f"stopped while it waited for the GPU: {holder}") from None
+        _held.append(lock)
+        write_json(owner, {**facts, "since": datetime.now().astimezone().isoformat(timespec="seconds")})
+    os.environ[GPU_SHARED] = "1"
+
+
+def _holder(owner: Path) -> str:
+    """Say who holds a GPU. The file only informs; the lock itself is the kernel's."""
+    try:
+        facts = read_json(owner)
+    except FileNotFoundError:
+        return "another process has just taken it"
+    since = datetime.fromisoformat(facts["since"])
+    who = f"process {facts['pid']} on {facts['host']}, '{facts['command']}' in {facts['folder']}"
+    return f"{who}, since {since:%Y-%m-%d %H:%M:%S}"
 
 
 @contextmanager
@@ -200,6 +256,23 @@ def _gpu_memory_bytes() -> int | None:
     if cuda.cuInit(0) or cuda.cuDeviceGet(ctypes.byref(number), 0):
         return None
     return None if cuda.cuDeviceTotalMem_v2(ctypes.byref(size), number) else size.value
+
+
+def _gpu_ids() -> list[str]:
+    """Return what tells the GPUs that this process may use from all others, or parts of GPUs where they are divided."""
+    try:
+        cuda = ctypes.CDLL("libcuda.so.1")
+    except OSError:  # AMD's; then all of them are one
+        return ["gpu"]
+    count, number, ids = ctypes.c_int(), ctypes.c_int(), []
+    cuda.cuInit(0)
+    cuda.cuDeviceGetCount(ctypes.byref(count))
+    for index in range(count.value):
+        uuid = (ctypes.c_ubyte * 16)()
+        cuda.cuDeviceGet(ctypes.byref(number), index)
+        cuda.cuDeviceGetUuid_v2(ctypes.byref(uuid), number)
+        ids.append(f"gpu-{bytes(uuid).hex()}")
+    return ids
 
 
 def _cpu_count(backend: str) -> int:

@@ -1,8 +1,11 @@
 """What is found out about the device, and that several of them train like one."""
 
+import contextlib
 import functools
 import json
 import os
+import select
+import signal
 import subprocess
 import sys
 import textwrap
@@ -13,6 +16,7 @@ import pytest
 
 from tasks import device as device_module
 from tasks.device import Device, data_parallel, normalize_whole_batches, prepare_device
+from tasks.errors import EXIT_INTERRUPTED
 
 
 def run(program: str, backend: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -58,8 +62,81 @@ def test_the_driver_is_read_from_the_kernel(tmp_path, monkeypatch, line, version
 def test_a_gpu_computes_in_bfloat16_since_ampere(monkeypatch, capability, fast):
     for name in ("_tensorflow_gpus", "_jax_gpus"):
         monkeypatch.setattr(device_module, name, lambda *_: [("Cray 2", capability), ("Cray 3", (3, 5))])
+    monkeypatch.setattr(device_module, "_take_turn", lambda: None)
     found = prepare_device(require_gpu=True)
     assert (found.kind, found.name, found.count, found.fast_bfloat16) == ("gpu", "Cray 2", 2, fast)
+
+
+#: Takes its turn at the GPUs that the command line names, says so, and keeps them.
+TURN = """
+    import sys, time
+    from tasks import device
+    from tasks.errors import run_main
+
+    def work():
+        device._take_turn()
+        print("computing", flush=True)
+        time.sleep(60)
+
+    device._gpu_ids = lambda: sys.argv[1:]
+    run_main(work)
+"""
+
+
+@pytest.fixture
+def turn(tmp_path, monkeypatch):
+    """Start a process that takes its turn at some GPUs."""
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.delenv(device_module.GPU_SHARED, raising=False)
+    with contextlib.ExitStack() as stack:
+
+        def start(*gpus: str, **environment: str) -> subprocess.Popen[str]:
+            process = stack.enter_context(
+                subprocess.Popen(
+                    [sys.executable, "-c", textwrap.dedent(TURN), *gpus],
+                    env={**os.environ, **environment},
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.STDOUT,
+                    text=True,
+                )
+            )
+            stack.callback(process.kill)
+            return process
+
+        yield start
+
+
+@pytest.mark.slow
+def test_two_processes_never_compute_on_the_same_gpu_and_a_killed_one_frees_it(turn):
+    first = turn("a", "b")
+    assert first.stdout.readline() == "computing\n"
+    second = turn("c", "b")
+    said = second.stdout.readline()
+    assert said.startswith(f"waiting for the GPU: process {first.pid} on ")
+    assert f"in {os.getcwd()}, since 20" in said
+    assert turn("d").stdout.readline() == "computing\n"
+    assert turn("a", **{device_module.GPU_SHARED: "1"}).stdout.readline() == "computing\n"
+    assert select.select([second.stdout], [], [], 1)[0] == []
+    first.kill()
+    assert second.stdout.readline() == "computing\n"
+
+    third = turn("c")
+    assert f"process {second.pid} on " in third.stdout.readline()
+    third.send_signal(signal.SIGINT)
+    assert third.stdout.read().startswith(f"interrupted: stopped while it waited for the GPU: process {second.pid}")
+    assert third.wait() == EXIT_INTERRUPTED
+
+
+def test_only_who_computes_on_a_gpu_takes_a_turn(monkeypatch):
+    turns = []
+    monkeypatch.setattr(device_module, "_take_turn", lambda: turns.append(1))
+    prepare_device()
+    assert turns == []
+    monkeypatch.setattr(device_module, "_tensorflow_gpus", lambda *_: [("Cray 2", (8, 0))])
+    prepare_device(only_look=True)
+    assert turns == []
+    prepare_device()
+    assert turns == [1]
 
 
 @pytest.mark.slow
