@@ -291,7 +291,7 @@ def _prediction_rows(
 
 
 def _write_plots(folder: Path, evaluation: Evaluation) -> None:
-    """Write the CSV files that DVC plots: one row per image for its confusion template, one per filled bin."""
+    """Write the CSV files that DVC plots: a row per image for its confusion template, per filled bin, per class."""
     folder.mkdir()
     confusion = evaluation.predictions[["target", "label"]]
     confusion.columns = ["actual", "predicted"]
@@ -305,6 +305,8 @@ def _write_plots(folder: Path, evaluation: Evaluation) -> None:
         }
     )
     calibration.to_csv(folder / "calibration.csv", index=False, lineterminator="\n")
+    classes = pd.DataFrame.from_dict(evaluation.metrics["per_class"], orient="index")
+    classes.to_csv(folder / "classes.csv", index_label="class", lineterminator="\n")
 
 
 def _history(bundle: Bundle) -> pd.DataFrame:

@@ -251,6 +251,9 @@ def test_evaluate_writes_what_it_measured(workspace):
     assert (out / "plots" / "calibration.csv").read_text() == (
         "confidence,accuracy,images\n0.5,1.0,1\n0.6,0.0,1\n0.7,1.0,1\n0.875,1.0,1\n"
     )
+    assert (out / "plots" / "classes.csv").read_text() == (
+        "class,precision,recall,f1,images\ncat,0.5,1.0,0.666667,1\ndog,1.0,1.0,1.0,1\neel,1.0,0.5,0.666667,2\n"
+    )
     table = measured().predictions
     table.insert(1, "name", NAMES)
     pd.testing.assert_frame_equal(pd.read_parquet(out / "predictions.parquet"), table, check_dtype=False)
