@@ -36,3 +36,16 @@ def require_server() -> str:
         raise NightlyError(f"a schedule needs a Prefect server that stays: {START_ONE}")
     require_answer(url)
     return url
+
+
+def announce_server() -> None:
+    """Make sure that the configured Prefect server answers, or start one that ends with this command."""
+    url = server_url()
+    if url is None:
+        from flows.temporary import start_temporary_server
+        from flows.workspace import find_workspace
+
+        print("starting a temporary Prefect server, about 10 s (PREFECT_API_URL names one that stays)", flush=True)
+        start_temporary_server(find_workspace().state / "logs" / "server.log")
+    else:
+        require_answer(url)

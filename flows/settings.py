@@ -84,6 +84,7 @@ def schemas() -> dict[str, type[Section]]:
     from tasks.predict import PredictParams
     from tasks.prepare import PrepareParams
     from tasks.recipe import TrainParams
+    from tasks.study import StudyParams
     from tasks.vetting import InboxParams
 
     return {
@@ -98,6 +99,7 @@ def schemas() -> dict[str, type[Section]]:
         "predict": PredictParams,
         "retrain": RetrainParams,
         "serve": ServeParams,
+        "study": StudyParams,
     }
 
 

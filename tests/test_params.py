@@ -80,7 +80,15 @@ def test_every_preset_is_valid_and_opens_with_command_hardware_and_accuracy():
     from flows.settings import read_settings
 
     presets = list(Path("presets").glob("*.yaml"))
-    assert {path.stem for path in presets} == {"cifar10", "cifar10-cpu", "cifar10-probe", "digits", "notebook"}
+    assert {path.stem for path in presets} == {
+        "cifar10",
+        "cifar10-cpu",
+        "cifar10-probe",
+        "digits",
+        "notebook",
+        "study",
+        "study-quick",
+    }
     for path in presets:
         read_settings(path)
         header = [line for line in path.read_text().splitlines() if line.startswith("#")]

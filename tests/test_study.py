@@ -1,0 +1,291 @@
+"""The depth study's trainings: which there are, what one leaves behind, killed or not, and what the report says."""
+
+import csv
+import json
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tasks.augment import AugmentParams
+from tasks.errors import NightlyError
+from tasks.params import read_section
+from tasks.study import CODE, STUDIED, StudyParams, code_version, family, identity, recipe, result, trials
+from tasks.study_report import PUBLISHED, make_headline, make_sentences, write_report
+from tests.test_graph import closure
+
+SMALL = StudyParams(
+    networks=("plain20", "resnet20"),
+    seeds=(1,),
+    iterations=6,
+    evaluate_every=2,
+    batch_size=16,
+    curve_test_images=10,
+    final_train_images=20,
+    checkpoint_seconds=0,
+)
+AUGMENT = AugmentParams(flip_horizontal=True, eraser={"p": 0.0})
+
+
+# --- which trainings there are
+
+
+def test_deep_networks_come_first_seed_by_seed(prepared):
+    found = trials(prepared, StudyParams(networks=("plain20", "vgg16", "resnet56"), seeds=(1, 2)), AUGMENT)
+    assert [(trial.seed, trial.network) for trial in found] == [
+        *((seed, name) for seed in (1, 2) for name in ("resnet56", "plain20", "vgg16"))
+    ]
+    assert len({trial.digest for trial in found}) == 6
+
+
+@pytest.mark.parametrize(
+    ("changes", "same"),
+    [
+        ({}, True),
+        ({"networks": ("resnet20", "plain56"), "seeds": (1, 5), "parallel": 3, "checkpoint_seconds": 7}, True),
+        ({"doublings": 3, "vgg_learning_rate": 0.3, "warmup_iterations": 9, "precision": "float32"}, True),
+        ({"iterations": 8}, False),
+        ({"learning_rate": 0.3}, False),
+        ({"curve_test_images": 11}, False),
+    ],
+)
+def test_a_training_is_done_again_where_its_numbers_may_change(prepared, changes, same):
+    before, after = (trials(prepared, params, AUGMENT)[-1] for params in (SMALL, SMALL.changed(**changes)))
+    pick = {(t.network, t.seed): t.digest for t in trials(prepared, SMALL.changed(**changes), AUGMENT)}
+    assert before.network == "resnet20"
+    assert after.seed in (1, 5)
+    assert (pick["resnet20", 1] == before.digest) is same
+
+
+def test_other_data_and_augmentation_are_other_trainings(prepared, tmp_path):
+    [first, *_] = trials(prepared, SMALL, AUGMENT)
+    assert trials(prepared, SMALL, AUGMENT.changed(shift_pixels=2))[0].digest != first.digest
+    facts = json.loads((prepared / "prepared.json").read_text())
+    (tmp_path / "prepared.json").write_text(json.dumps(facts | {"data_digest": "other"}))
+    assert trials(tmp_path, SMALL, AUGMENT)[0].digest != first.digest
+
+
+def test_the_code_that_counts_is_what_training_imports(tmp_path, monkeypatch):
+    reached = {Path(path).stem for path in closure("study_run") if path.endswith(".py")}
+    # Reading, writing, waiting, reporting; and parameters, which are in the digest themselves.
+    carrying_out = {"bundle", "checkpoint", "data", "device", "engines", "errors", "files", "images", "machine"}
+    carrying_out |= {"params", "progress", "quantize", "recipe", "signals", "standing", "study", "weights", "mixing"}
+    assert reached - carrying_out == set(CODE)
+
+
+def test_comments_and_docstrings_do_not_count_as_code(tmp_path, monkeypatch):
+    from tasks import study
+
+    monkeypatch.setattr(study, "CODE", ("mine",))
+    monkeypatch.setattr(study, "__file__", str(tmp_path / "study.py"))
+    digests = []
+    for text in ('"""Says."""\nx = 1\n', '"""Says more."""\n\nx = 1  # why\n', "x = 2\n"):
+        (tmp_path / "mine.py").write_text(text)
+        digests.append(code_version())
+    assert digests[0] == digests[1] != digests[2]
+
+
+def test_the_recipe_is_the_papers():
+    params = StudyParams()
+    found = recipe("resnet56", 3, params)
+    assert (found.epochs * params.evaluate_every, found.batch_size, found.seed) == (64_000, 128, 3)
+    assert (found.optimizer, found.momentum, found.nesterov, found.schedule) == ("sgd", 0.9, False, "steps")
+    # Of L2 1e-4, each step with momentum 0.9 takes ten times as much in the long run.
+    assert found.weight_decay == pytest.approx(1e-3)
+    assert (found.warmup_epochs, found.learning_rate) == (0, 0.1)
+    assert recipe("resnet110", 3, params).warmup_epochs * params.evaluate_every == 400
+    assert recipe("vgg16", 3, params).learning_rate == 0.01
+    assert identity("resnet34", 1, params, AUGMENT)["doublings"] == 2
+    assert identity("resnet44", 1, params, AUGMENT)["doublings"] == 0
+    assert {family(name) for name in STUDIED} == {"plain", "ResNet", "plain, upsampled", "ResNet, upsampled", "VGG"}
+
+
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        ("{networks: [plain20, plain21]}", "vgg16, vgg19, but is ['plain20', 'plain21']"),
+        ("{networks: [resnet50]}", "'study.networks': must be among resnet18, resnet34, plain18"),
+        ("{seeds: [1, 1]}", "'study.seeds': must all be different"),
+        ("{iterations: 100, evaluate_every: 30}", "iterations must be a multiple of evaluate_every (30)"),
+    ],
+)
+def test_mistakes_in_the_parameters_are_named(tmp_path, section, message):
+    (tmp_path / "params.yaml").write_text(f"study: {section}")
+    with pytest.raises(NightlyError, match=re.escape(message)):
+        read_section(tmp_path / "params.yaml", "study", StudyParams)
+
+
+def test_presets_are_the_papers_study_and_a_quick_one():
+    quick, full = (
+        read_section(Path(f"presets/{name}.yaml"), "study", StudyParams) for name in ("study-quick", "study")
+    )
+    assert full.iterations * full.batch_size == 64_000 * 128
+    assert set(PUBLISHED) <= set(full.networks)
+    assert {"plain20", "resnet20"} < set(quick.networks)
+    assert len(quick.seeds) > 1
+
+
+# --- one training
+
+
+def command(prepared: Path, folder: Path, network: str) -> list[str]:
+    values = {"study": SMALL.model_dump(mode="json"), "augment": AUGMENT.model_dump(mode="json")}
+    (folder / "params.yaml").write_text(yaml.safe_dump(values))
+    options = {"network": network, "seed": 1, "prepared": prepared, "results": folder / "runs", "threads": 1}
+    options |= {"scratch": folder / "scratch", "params": folder / "params.yaml"}
+    words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
+    return [sys.executable, "-m", "tasks.study_run", *words]
+
+
+def kill_at_a_checkpoint(process: subprocess.Popen, scratch: Path) -> None:
+    """Send SIGKILL as soon as a checkpoint stands, in the middle of the training."""
+    deadline = time.monotonic() + 200
+    while not list(scratch.glob("*/[ab].npz")):
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+
+
+@pytest.mark.slow
+def test_a_killed_training_ends_with_the_numbers_of_one_that_nobody_disturbed(prepared, tmp_path):
+    from tasks.study_run import run
+
+    [_, trial] = trials(prepared, SMALL, AUGMENT)
+    expected = run(prepared, tmp_path / "unbroken.json", tmp_path / "other", trial, SMALL, AUGMENT)
+    words = command(prepared, tmp_path, "resnet20")
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        kill_at_a_checkpoint(process, tmp_path / "scratch")
+    assert result(tmp_path / "runs", trial) is None
+    done = subprocess.run(words, capture_output=True, text=True, check=True)
+    assert "going on from the checkpoint after iteration " in done.stdout
+    assert "iteration 6 of 6: training error " in done.stdout
+    found = result(tmp_path / "runs", trial)
+    timeless = {"seconds_per_epoch": 0, "training_seconds": 0}
+    curves = [[point | {"seconds": 0} for point in run["curve"]] for run in (found, expected)]
+    assert curves[0] == [pytest.approx(point, abs=1e-4) for point in curves[1]]
+    same = {**expected, **timeless, "curve": 0}
+    assert {**found, **timeless, "curve": 0} == same
+    assert [point["iteration"] for point in found["curve"]] == [2, 4, 6]
+    assert (found["test_images"], found["curve_test_images"], found["final_train_images"]) == (33, 10, 20)
+    # Table 6 of the paper says 0.27 million; with 3 classes in place of 10 it is 455 less than the 10-class network.
+    assert found["parameters"] == 269_722 - 7 * 65
+    assert not list((tmp_path / "scratch").glob("*/*.npz"))
+
+
+def test_vgg_networks_are_those_of_keras_without_batch_normalization():
+    import keras
+
+    from tasks.study_run import build_network
+
+    normalization = {"mean": [120.0] * 3, "std": [60.0] * 3, "channel_order": "RGB"}
+    network = build_network("vgg16", SMALL, 32, 10, normalization)
+    inside = network.get_layer("vgg16").layers
+    assert sum(isinstance(layer, keras.layers.Conv2D) for layer in inside) == 13
+    assert not any(isinstance(layer, keras.layers.BatchNormalization) for layer in inside)
+    assert network.output.shape == (None, 10)
+    with pytest.raises(NightlyError, match=r"vgg16 needs images of 32 px or more, but prepare.decode.size is 8"):
+        build_network("vgg16", SMALL, 8, 10, normalization)
+
+
+def test_an_interval_beyond_the_training_images_is_refused(prepared, tmp_path):
+    from tasks.study_run import run
+
+    params = SMALL.changed(iterations=60, evaluate_every=30)
+    trial = trials(prepared, params, AUGMENT)[0]
+    with pytest.raises(NightlyError, match=r"study.evaluate_every must be at most \d+ with study.batch_size 16"):
+        run(prepared, tmp_path / "out.json", tmp_path / "scratch", trial, params, AUGMENT)
+
+
+# --- the report
+
+
+def made_up(network: str, seed: int, training: float, test: float | None = None) -> dict:
+    curve = [
+        {"iteration": 2 * i, "training_error": round(training + (3 - i) / 10, 6), "test_error": round(training, 6)}
+        for i in (1, 2, 3)
+    ]
+    return {
+        "network": network,
+        "seed": seed,
+        "digest": "0" * 12,
+        "family": family(network),
+        "depth": int(network[-2:]),
+        "parameters": 269_722,
+        "multiply_adds": 40_551_040,
+        "train_images": 100,
+        "test_images": 50,
+        "curve_test_images": 10,
+        "final_train_images": 20,
+        "final_training_error": training - 0.01,
+        "test_error": training if test is None else test,
+        "top5_error": 0.1,
+        "seconds_per_epoch": 12.5,
+        "training_seconds": 30.0,
+        "device": "a processor",
+        "backend": "tensorflow",
+        "precision": "float32",
+        "parallel": 2,
+        "recipe": identity(network, seed, SMALL, AUGMENT),
+        "curve": curve,
+    }
+
+
+DEGRADED = [
+    *(made_up("plain20", seed, 0.40 + seed / 100) for seed in (1, 2)),
+    *(made_up("plain56", seed, 0.50 + seed / 100) for seed in (1, 2)),
+    *(made_up("resnet20", seed, 0.38 + seed / 100) for seed in (1, 2)),
+    *(made_up("resnet56", seed, 0.37 + seed / 50, 0.45) for seed in (1, 2)),
+]
+
+
+def test_the_words_follow_from_the_numbers():
+    plain, residual, shortcuts = make_sentences(DEGRADED)
+    assert plain == (
+        "In the plain networks, plain-56 ends with a training error of 51.5% and plain-20 with 41.5%: 10.0 points "
+        "more. Every seed of the one is above every seed of the other. So it is on the test images: 51.5% and 41.5%."
+    )
+    assert "The seeds' ranges overlap: this may be chance" in residual
+    assert shortcuts.startswith("At 56 layers, ResNet-56 ends with a training error of 40.0% and plain-56 with 51.5%")
+    assert "Every seed of the one is below every seed of the other" in shortcuts
+    assert make_headline(DEGRADED) == (
+        "plain-56 trains 10.0 points worse than plain-20; ResNet-56 trains 0.5 points worse than ResNet-20 "
+        "(within chance)"
+    )
+
+
+def test_one_seed_tells_nothing_about_chance():
+    [sentence] = make_sentences([made_up("plain20", 1, 0.4), made_up("plain56", 1, 0.5, 0.3)])
+    assert "With one seed nothing is known about chance" in sentence
+    assert "On the test images it is the other way round: 30.0% and 40.0%." in sentence
+    assert "(within chance)" in make_headline([made_up("plain20", 1, 0.4), made_up("plain56", 1, 0.5)])
+    assert make_sentences([made_up("vgg16", 1, 0.4)]) == []
+
+
+def test_page_and_tables_hold_the_numbers_of_the_json(tmp_path):
+    summary = write_report(DEGRADED, tmp_path / "report")
+    found = json.loads((tmp_path / "report" / "study.json").read_text())
+    networks = {row.pop("network"): row for row in found["networks"]}
+    page = (tmp_path / "report" / "report.html").read_text()
+    shown = re.findall(r'<data value="([^"]*)" data-metric="networks\.(\w+)\.(\w+)"', page)
+    assert len(shown) == 4 * 9 + 2
+    for value, network, metric in shown:
+        assert float(value) == networks[network][metric]
+    with (tmp_path / "report" / "table.csv").open() as file:
+        table = {row["network"]: row for row in csv.DictReader(file)}
+    assert float(table["plain56"]["test_error"]) == networks["plain56"]["test_error"] == pytest.approx(0.515)
+    assert networks["plain56"]["test_error_sd"] == pytest.approx(0.5**0.5 / 100)
+    assert networks["resnet20"]["published_test_error"] == 0.0875
+    assert networks["plain20"]["published_test_error"] is None
+    for sentence in (*found["sentences"], found["headline"]):
+        assert sentence in summary.markdown
+    assert "http" not in page.replace("http-equiv", "")
+    assert page.count("<svg") == 2
+    names = {path.name for path in (tmp_path / "report").iterdir()}
+    assert {"figure.png", "figure.svg", "figure-plain.png", "figure-resnet.svg", "curves.csv"} < names
