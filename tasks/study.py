@@ -49,7 +49,8 @@ class StudyParams(Section):
         curve_test_images: test images, evenly spread, behind each point of a curve; null: all. The last figure is
             always that of all.
         final_train_images: training images, evenly spread and without augmentation, behind the final training error.
-        parallel: trainings at a time; on a CPU each gets its share of the cores, which is faster than one on all.
+        parallel: trainings at a time; on a CPU each gets its share of the cores, which is faster than one on all. On a
+            GPU they would only wait for each other.
         precision: Keras's dtype policy; null: chosen for the device.
         require_gpu: fail in seconds rather than train on the CPU for weeks.
         checkpoint_seconds: between two checkpoints.
