@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
-from flows import cli_explain
+from flows import cli_explain, cli_study
 from flows.terminal import print_pairs, print_prediction, screen
 from tasks.errors import EXIT_INTERRUPTED, Interrupted, NightlyError, describe
 
@@ -79,9 +79,10 @@ def retrain(
     calm_terminal(who_tells="command")
 
     from flows import retrain as flows_retrain
+    from flows.server import announce_server
     from flows.summary import Night, print_night
 
-    _announce_server()
+    announce_server()
     state = flows_retrain.retrain(predict=folder, force=force, return_state=True)
     night = state.result()
     if not isinstance(night, Night):
@@ -195,6 +196,7 @@ def predict(
 
 
 app.add_typer(cli_explain.app)
+app.add_typer(cli_study.app)
 
 
 @app.command(epilog="Example: nightly serve")
@@ -352,8 +354,9 @@ def _predict_by_flow(source: str, out: str | None, model: Path | None, **chosen:
     calm_terminal(who_tells="command")
 
     from flows import predict as flows_predict
+    from flows.server import announce_server
 
-    _announce_server()
+    announce_server()
     # A flow's folders are the workspace's, not those where the command was typed.
     place = out if out is None or "://" in out else str(Path(out).absolute())
     try:
@@ -367,21 +370,6 @@ def _predict_by_flow(source: str, out: str | None, model: Path | None, **chosen:
 
 def _print_change(entry: "Entry") -> None:
     print(f"in service: {entry.id} (before: {entry.champion_before or 'none'})")
-
-
-def _announce_server() -> None:
-    """Make sure that the configured Prefect server answers, or start one that ends with this command."""
-    from flows.server import require_answer, server_url
-    from flows.workspace import find_workspace
-
-    url = server_url()
-    if url is None:
-        from flows.temporary import start_temporary_server
-
-        print("starting a temporary Prefect server, about 10 s (PREFECT_API_URL names one that stays)", flush=True)
-        start_temporary_server(find_workspace().state / "logs" / "server.log")
-    else:
-        require_answer(url)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from tasks.errors import NightlyError
 from tests.miniature import Miniature, export, metrics
 
 ROOT = Path(__file__).resolve().parent.parent
-COMMANDS = ["configure", "retrain", "predict", "explain", "serve", "history", "promote", "rollback", "doctor"]
+COMMANDS = ["configure", "retrain", "predict", "explain", "study", "serve", "history", "promote", "rollback", "doctor"]
 
 
 @pytest.fixture
