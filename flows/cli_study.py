@@ -7,7 +7,7 @@ import typer
 app = typer.Typer()
 
 
-@app.command(epilog="Example: nightly configure study-quick && nightly study")
+@app.command(epilog="Example: nightly study, after nightly configure study-quick")
 def study() -> None:
     """Train plain and residual networks of growing depth and draw their errors, as in the ResNet paper's figure 6.
 
