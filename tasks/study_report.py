@@ -97,6 +97,15 @@ def make_sentences(results: Sequence[Result]) -> list[str]:
         twin = deep.replace("plain", "resnet")
         if twin != deep and twin in networks:
             sentences.append(_contrast(networks[deep], networks[twin], f"At {networks[deep][0]['depth']} layers"))
+    for plain in extremes:
+        twins = tuple(name.replace("plain", "resnet") for name in plain)
+        if twins != plain and set(twins) <= set(networks):
+            without, with_shortcuts = (_gap(networks, *pair) * 100 for pair in (plain, twins))
+            depths = [networks[name][0]["depth"] for name in plain]
+            sentences.append(
+                f"From {depths[0]} to {depths[1]} layers the training error changes by {without:+.1f} points without "
+                f"shortcuts and by {with_shortcuts:+.1f} with them."
+            )
     return sentences
 
 
@@ -108,7 +117,7 @@ def make_headline(results: Sequence[Result]) -> str:
     main = [pair for pair in extremes if networks[pair[1]][0]["family"] in ("plain", "ResNet")]
     for shallow, deep in main or extremes:
         errors = [_last_training_errors(networks[name]) for name in (shallow, deep)]
-        gap = statistics.mean(errors[1]) - statistics.mean(errors[0])
+        gap = _gap(networks, shallow, deep)
         chance = "" if _apart(*errors) else " (within chance)"
         word = "worse" if gap > 0 else "better"
         parts.append(f"{label(deep)} trains {abs(gap) * 100:.1f} points {word} than {label(shallow)}{chance}")
@@ -255,6 +264,12 @@ def _contrast(one: Sequence[Result], other: Sequence[Result], where: str) -> str
         "So it is on the test images" if (test_gap > 0) == (gap > 0) else "On the test images it is the other way round"
     )
     return f"{found}. {agree}: {statistics.mean(test[1]):.1%} and {statistics.mean(test[0]):.1%}."
+
+
+def _gap(networks: Mapping[str, list[Result]], one: str, other: str) -> float:
+    """Return by how much the mean training error of the other is higher."""
+    means = [statistics.mean(_last_training_errors(networks[name])) for name in (one, other)]
+    return means[1] - means[0]
 
 
 def _apart(one: Sequence[float], other: Sequence[float]) -> bool:

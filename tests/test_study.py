@@ -179,6 +179,7 @@ def test_a_killed_training_ends_with_the_numbers_of_one_that_nobody_disturbed(pr
     assert not list((tmp_path / "scratch").glob("*/*.npz"))
 
 
+@pytest.mark.slow
 def test_vgg_networks_are_those_of_keras_without_batch_normalization():
     import keras
 
@@ -246,7 +247,7 @@ DEGRADED = [
 
 
 def test_the_words_follow_from_the_numbers():
-    plain, residual, shortcuts = make_sentences(DEGRADED)
+    plain, residual, shortcuts, depth = make_sentences(DEGRADED)
     assert plain == (
         "In the plain networks, plain-56 ends with a training error of 51.5% and plain-20 with 41.5%: 10.0 points "
         "more. Every seed of the one is above every seed of the other. So it is on the test images: 51.5% and 41.5%."
@@ -254,6 +255,9 @@ def test_the_words_follow_from_the_numbers():
     assert "The seeds' ranges overlap: this may be chance" in residual
     assert shortcuts.startswith("At 56 layers, ResNet-56 ends with a training error of 40.0% and plain-56 with 51.5%")
     assert "Every seed of the one is below every seed of the other" in shortcuts
+    assert depth == (
+        "From 20 to 56 layers the training error changes by +10.0 points without shortcuts and by +0.5 with them."
+    )
     assert make_headline(DEGRADED) == (
         "plain-56 trains 10.0 points worse than plain-20; ResNet-56 trains 0.5 points worse than ResNet-20 "
         "(within chance)"
@@ -268,6 +272,7 @@ def test_one_seed_tells_nothing_about_chance():
     assert make_sentences([made_up("vgg16", 1, 0.4)]) == []
 
 
+@pytest.mark.slow
 def test_page_and_tables_hold_the_numbers_of_the_json(tmp_path):
     summary = write_report(DEGRADED, tmp_path / "report")
     found = json.loads((tmp_path / "report" / "study.json").read_text())
