@@ -118,7 +118,8 @@ def make_headline(results: Sequence[Result]) -> str:
     for shallow, deep in main or extremes:
         errors = [_last_training_errors(networks[name]) for name in (shallow, deep)]
         gap = _gap(networks, shallow, deep)
-        chance = "" if _apart(*errors) else " (within chance)"
+        doubt = " (one seed)" if min(map(len, errors)) < 2 else " (within chance)"
+        chance = "" if _apart(*errors) else doubt
         word = "worse" if gap > 0 else "better"
         parts.append(f"{label(deep)} trains {abs(gap) * 100:.1f} points {word} than {label(shallow)}{chance}")
     return "; ".join(parts) or f"{len(results)} trainings, no two depths of a family to compare"

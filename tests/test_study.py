@@ -268,7 +268,7 @@ def test_one_seed_tells_nothing_about_chance():
     [sentence] = make_sentences([made_up("plain20", 1, 0.4), made_up("plain56", 1, 0.5, 0.3)])
     assert "With one seed nothing is known about chance" in sentence
     assert "On the test images it is the other way round: 30.0% and 40.0%." in sentence
-    assert "(within chance)" in make_headline([made_up("plain20", 1, 0.4), made_up("plain56", 1, 0.5)])
+    assert "than plain-20 (one seed)" in make_headline([made_up("plain20", 1, 0.4), made_up("plain56", 1, 0.5)])
     assert make_sentences([made_up("vgg16", 1, 0.4)]) == []
 
 
