@@ -27,7 +27,7 @@ class RetrainParams(JudgeParams):
         publish: what a night makes known: "commit" sends data to DVC's remote and commits our files to the branch that
             is checked out, "push" pushes that commit as well.
         keep: how many registered models stay on this machine, besides the one in service and the one before it; older
-            ones are fetched from DVC's cache or remote when they are wanted. None: all.
+            ones are fetched from DVC's cache or remote when they are wanted. null: all.
         notify: whom to tell how a night ended: addresses of apprise, each alone or as ``{to: …, on: [failure]}``.
     """
 

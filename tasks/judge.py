@@ -37,7 +37,7 @@ class JudgeParams(Section):
         accuracy_floor: accuracy under which no model goes into service, the first one included.
         significance: p of McNemar's test must be below it; null: a gain is enough.
         class_recall_tolerance: recall, 0..1, that a class may lose. A class that lost more holds the challenger only
-            if chance does not explain it, see ``class_changes``; so a class of few images never does by one of them.
+            if chance does not explain it; so a class of few images never does by one of them.
         calibration_tolerance: by how much the expected calibration error, 0..1, may grow.
     """
 

@@ -51,7 +51,7 @@ class TrainParams(Section):
         loss: between the targets and the probabilities.
         label_smoothing: share of each target that is spread over all classes.
         mixup_alpha: the Beta distribution's parameter, 0 for none; with cutmix, too, each batch draws one of the two.
-        cutmix_alpha: likewise.
+        cutmix_alpha: the same of cutmix.
         ema_momentum: keeps a moving average of the weights, which is what is validated and saved; null for none.
         freeze_batch_normalization: the backbone's layers keep the statistics that they came with.
         warm_start: begin with the weights of the model in service, if there is one that fits.
