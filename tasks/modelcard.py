@@ -14,6 +14,7 @@ import jinja2
 import yaml
 
 from tasks.bundle import Bundle
+from tasks.choice import evidence
 from tasks.drift import Tally
 from tasks.pages import counted, percent, rows_of
 
@@ -61,7 +62,7 @@ def render_card(bundle: Bundle, metrics: Mapping[str, Any]) -> str:
         listed=LISTED,
         named=WORST,
         training=rows_of(bundle.training),
-        augmentation=rows_of(bundle.parameters.get("augment", {})),
+        refused=[(name, evidence(bundle, name)) for name, facts in bundle.engines.items() if not facts.get("offered")],
         normalization=rows_of(bundle.normalization),
         decoding=rows_of(bundle.decode.model_dump(mode="json")),
         reference=Tally.load(bundle.reference_file).count if bundle.reference_file.is_file() else 0,

@@ -55,7 +55,10 @@ def bundle(tmp_path) -> Bundle:
         test_digest="t1",
         libraries={"keras": "3.15.1"},
         training={"training_images": 44_996, "device": "two_cores"},
-        engines={"keras-float32": {"offered": True, "images_per_second": 1854.8}, "openvino-int8": {"offered": False}},
+        engines={
+            "keras-float32": {"offered": True, "images_per_second": 1854.8},
+            "openvino-int8": {"offered": False, "agreement": 0.5},
+        },
         machine={"processor": "AMD EPYC", "cores": 2},
         temperature=1.2952,
         threshold=0.93987,
@@ -134,6 +137,7 @@ def test_every_figure_is_the_evaluations(bundle, evaluated):
     assert f"{worst} ({per_class[worst]['recall']:.2%} of 50 test pictures recognized)" in text
     assert f"{evaluated['mistakes']} test pictures got a wrong label" in text
     assert "statistics of 5 pictures" in text
+    assert "Engine openvino-int8 is not offered: same label as Keras on 50.00% of the validation images" in text
 
 
 def leaves(values, path=()):
@@ -184,7 +188,6 @@ def test_the_facts_are_the_bundles(bundle, evaluated):
     assert facts["began from"] == "random weights"
     assert facts["training_images"] == "44996"
     assert facts["device"] == "two_cores"
-    assert facts["augmentation: shift_pixels"] == "4"
     assert facts["normalization: mean"] == "125.2, 122.9, 113.8"
     assert facts["decoding: size"] == "32"
     assert tables["library"] == [("keras", "3.15.1")]
