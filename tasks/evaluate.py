@@ -14,7 +14,7 @@ from pydantic import Field
 from tasks import metrics
 from tasks.bundle import Bundle, Limits, load_bundle, load_keras_model
 from tasks.calibration import apply_temperature
-from tasks.choice import available, compare, evidence
+from tasks.choice import available, compare, evidence, offered
 from tasks.engines import REFERENCE, Engine, open_engine
 from tasks.errors import NightlyError, run_main
 from tasks.files import publish_directory, read_json, write_json, write_text
@@ -97,7 +97,7 @@ def summarize(
     Shares are rounded to six decimals and differences to two digits, so that metrics.json shows the same
     figures on the next run of the same model. Beyond those named in ``tasks.metrics``, it holds
 
-    - ``accuracy_low``, ``accuracy_high``: Wilson interval of the accuracy at ``params.confidence_level``;
+    - ``accuracy_low``, ``accuracy_high``: Wilson interval of the accuracy at ``confidence_level``, the parameter;
     - ``mistakes``: number of wrong labels; ``macro_f1``: mean F1 over the classes that have test images;
     - ``top1_error``, ``top5_error``: as He et al., "Deep Residual Learning for Image Recognition", 2016, report them;
     - ``intervals``: low and high end of the other figures, Wilson's for shares, of the bootstrap for the rest. Lists,
@@ -140,6 +140,7 @@ def summarize(
         "accuracy": _share(correct.mean()),
         "accuracy_low": _share(low),
         "accuracy_high": _share(high),
+        "confidence_level": params.confidence_level,
         **{name: _share(share) for name, share in errors.items()},
         "macro_f1": _share(metrics.macro_f1(scores)),
         "log_loss": _share(metrics.log_loss(targets, reference)),
@@ -235,9 +236,8 @@ def evaluate(
         data=facts,
         class_counts=used.groupby(["class", "split"]).size().unstack(fill_value=0).to_dict("index"),
         reference=REFERENCE,
-        level=params.confidence_level,
         notes=_notes(bundle, facts),
-        refused=[(name, evidence(bundle, name)) for name in bundle.engines if name not in probabilities],
+        unmeasured=[_unmeasured(bundle, name) for name in bundle.engines if name not in probabilities],
         rival=read_rival(models, challenger) if models else None,
     )
     with publish_directory(out) as folder:
@@ -321,6 +321,15 @@ def _notes(bundle: Bundle, prepared: Mapping[str, Any]) -> list[str]:
         "The test split has changed since this model was trained: its figures compare only with those of "
         "models measured on the same test data."
     ]
+
+
+def _unmeasured(bundle: Bundle, name: str) -> str:
+    why = (
+        "was not measured, because this processor does not run it"
+        if offered(bundle, name)
+        else "is not offered and was not measured"
+    )
+    return f"{name} {why}: {evidence(bundle, name)}"
 
 
 def _heat_maps(bundle: Bundle, images: np.ndarray, labels: Iterable[str]) -> list[np.ndarray | None]:

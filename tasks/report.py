@@ -63,9 +63,8 @@ class ReportData:
         data: the content of prepared.json.
         class_counts: images by class, then by split.
         reference: name of the engine whose figures the metrics are.
-        level: of the intervals.
         notes: sentences that the reader must see first.
-        refused: engines that are not in ``metrics``, and what speaks against them.
+        unmeasured: what there is to say of engines that are not in ``metrics``.
         rival: the model in service, if that is another one.
     """
 
@@ -83,9 +82,8 @@ class ReportData:
     data: Mapping[str, Any]
     class_counts: Mapping[str, Mapping[str, int]]
     reference: str
-    level: float = 0.95
     notes: Sequence[str] = ()
-    refused: Sequence[tuple[str, str]] = ()
+    unmeasured: Sequence[str] = ()
     rival: Rival | None = None
 
 
@@ -136,7 +134,6 @@ def render_report(data: ReportData) -> str:
         kept=facts["training"].get("kept_epoch"),
         training_time=_readable_seconds(facts["training"].get("seconds")),
         reference=data.reference,
-        level=f"{data.level * 100:.3g}%",
         engines=[
             {
                 "name": name,
@@ -148,7 +145,7 @@ def render_report(data: ReportData) -> str:
         ],
         limits=facts["limits"],
         machine=facts.get("machine", {}),
-        refused=data.refused,
+        unmeasured=data.unmeasured,
         rival=data.rival,
         rival_level=f"{LEVEL * 100:.3g}%",
         compared=_compared(metrics, data.rival.metrics) if data.rival else [],

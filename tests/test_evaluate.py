@@ -52,6 +52,7 @@ def test_every_figure_of_four_images():
         "accuracy": 0.75,
         "accuracy_low": 0.300642,
         "accuracy_high": 0.954413,
+        "confidence_level": 0.95,
         "top1_error": 0.25,
         "top5_error": 0.0,
         "macro_f1": 0.777778,
@@ -275,14 +276,18 @@ def test_temperature_and_limits_are_the_bundles(workspace):
     assert found["engines"]["openvino-float32"]["passed"]
 
 
-def test_an_engine_that_export_refused_is_not_run_and_the_report_says_why(workspace):
+def test_an_engine_that_is_not_run_is_named_with_the_reason(workspace, monkeypatch):
     refused = {"agreement": 0.9012, "accuracy_lost": 0.05, "max_difference": 0.5, "offered": False}
-    engines = {**bundle_facts()["engines"], "openvino-int8": refused}
+    foreign = {"agreement": 0.9987, "accuracy_lost": 0.0, "max_difference": 0.1, "offered": True}
+    engines = {**bundle_facts()["engines"], "openvino-int8": refused, "openvino-bfloat16": foreign}
+    monkeypatch.setattr(stage, "available", lambda bundle, name: name == "openvino-float32")
     write_json(workspace / "exported" / "bundle.json", bundle_facts(engines=engines))
     run(workspace)
     assert "openvino-int8" not in json.loads((workspace / "evaluation" / "metrics.json").read_text())["engines"]
     words = "openvino-int8 is not offered and was not measured: same label as Keras on 90.12% of the validation images"
-    assert words in (workspace / "evaluation" / "report.html").read_text()
+    page = (workspace / "evaluation" / "report.html").read_text()
+    assert words in page
+    assert "openvino-bfloat16 was not measured, because this processor does not run it: same label as Keras" in page
 
 
 def test_the_same_model_gives_the_same_bytes(workspace):
@@ -308,8 +313,8 @@ def test_the_pages_matrix_and_pictures_are_those_of_the_files_beside_it(workspac
     shown = re.findall(r'title="test image (\d): ([^"]*)"><div.*?<figcaption>(.*?)</figcaption>', page, re.DOTALL)
     assert [(index, name) for index, name, _ in shown] == [(str(i), NAMES[i]) for i in (3, 1, 0, 2)]
     for index, _, caption in shown:
-        for label, percent in re.findall(r"<bdi>(\w+)</bdi><span>(\d+)%", caption):
-            assert f"{table[f'p_{CLASSES.index(label)}'][int(index)]:.0%}" == f"{percent}%"
+        for label, percent in re.findall(r"<bdi>(\w+)</bdi><span>([\d.]+)%", caption):
+            assert f"{table[f'p_{CLASSES.index(label)}'][int(index)]:.1%}" == f"{percent}%"
 
 
 def test_each_picture_has_the_heat_map_of_its_label_beside_it(workspace):

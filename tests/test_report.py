@@ -265,10 +265,10 @@ def test_a_picture_shows_its_most_probable_classes_and_a_heat_map_beside_it():
         Picture(4, np.zeros((8, 8, 3), np.uint8), "class 1", [("class 0", 0.6), ("class 1", 0.4)]),
     ]
     text = render_report(report_data(mistakes=pictures, hits=[]))
-    shown = re.findall(r'class="([a-z ]*)"><bdi>class (\d)</bdi><span>(\d+)%.*?width:([\d.]+)%', text)
+    shown = re.findall(r'class="([a-z ]*)"><bdi>class (\d)</bdi><span>([\d.]+)%.*?width:([\d.]+)%', text)
     assert shown == [
-        *((" first", "0", "75", "75.00"), ("true", "1", "25", "25.00")),
-        *((" first", "0", "60", "60.00"), ("true", "1", "40", "40.00")),
+        *((" first", "0", "75.0", "75.00"), ("true", "1", "25.0", "25.00")),
+        *((" first", "0", "60.0", "60.00"), ("true", "1", "40.0", "40.00")),
     ]
     first, beside, second = re.findall(r'<img src="([^"]*)" alt="(?:Test image|What)', text)
     assert first == second
