@@ -87,6 +87,8 @@ def choose_cells(matrix: np.ndarray, predictions: pd.DataFrame, classes: Sequenc
     places = places[:budget]
     wanted = np.array([min(matrix[i, j], HITS if i == j else MISTAKES) for i, j in places], int)
     most = max((k for k in range(1, MISTAKES + 1) if np.minimum(wanted, k).sum() <= budget), default=0)
+    shown = np.minimum(wanted, most)
+    shown[np.flatnonzero(shown < wanted)[: budget - shown.sum()]] += 1
     index = pd.Index(classes)
     pair = index.get_indexer(predictions["target"]) * count + index.get_indexer(predictions["label"])
     confidence = predictions["confidence"].to_numpy(np.float64)
@@ -94,8 +96,8 @@ def choose_cells(matrix: np.ndarray, predictions: pd.DataFrame, classes: Sequenc
     order = np.lexsort((np.where(correct, confidence, -confidence), pair))
     starts = np.searchsorted(pair[order], [i * count + j for i, j in places])
     return [
-        Cell(i, j, int(matrix[i, j]), order[start : start + min(number, most)].tolist())
-        for (i, j), start, number in zip(places, starts, wanted.tolist(), strict=True)
+        Cell(i, j, int(matrix[i, j]), order[start : start + number].tolist())
+        for (i, j), start, number in zip(places, starts, shown.tolist(), strict=True)
     ]
 
 
