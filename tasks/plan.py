@@ -6,7 +6,6 @@ each shard and, once all shards are there, of the rest. In a local folder it is 
 
 import contextlib
 import hashlib
-import io
 import json
 import math
 import os
@@ -163,7 +162,8 @@ def adopt(store: Store, out: str, identity: dict[str, Any], listing: Listing) ->
 
 def read_shard(store: Store, shard: int) -> list[str]:
     """Return the paths of a shard's files."""
-    table = _files(store).read_row_group(shard, columns=["path"])
+    with store.reading(FILES) as file:
+        table = pq.ParquetFile(file).read_row_group(shard, columns=["path"])
     return [os.fsdecode(path) for path in table["path"].to_pylist()]
 
 
@@ -193,7 +193,8 @@ def require_same(plan: Plan, identity: dict[str, Any], where: str) -> None:
 
 def changed_files(store: Store, listing: Listing) -> int:
     """Return how many files were added, taken away or written since the plan was made."""
-    table = _files(store).read()
+    with store.reading(FILES) as file:
+        table = pq.read_table(file)
     planned = set(zip(table["path"].to_pylist(), table["size"].to_pylist(), table["mtime_ns"].to_pylist(), strict=True))
     found = set(zip(map(os.fsencode, listing.paths), listing.sizes.tolist(), listing.mtimes.tolist(), strict=True))
     return len({path for path, _, _ in planned ^ found})
@@ -211,12 +212,6 @@ def digest(listing: Listing) -> str:
 
 def _statuses(part: Path) -> set[str]:
     return set(pq.ParquetFile(part).read(columns=["status"])["status"].unique().to_pylist())
-
-
-def _files(store: Store) -> pq.ParquetFile:
-    if isinstance(store, LocalStore):
-        return pq.ParquetFile(store.folder / FILES)
-    return pq.ParquetFile(io.BytesIO(store.read(FILES) or b""))
 
 
 def _short(value: Any) -> str:

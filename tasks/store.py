@@ -36,6 +36,10 @@ class Store(abc.ABC):
         """Return a file's content, None if there is none."""
 
     @abc.abstractmethod
+    def reading(self, name: str) -> BinaryIO:
+        """Open a file to read anywhere in it; of one at an address, what is read is what is fetched."""
+
+    @abc.abstractmethod
     def exists(self, name: str) -> bool:
         """Tell whether a file is there, whoever wrote it a moment ago."""
 
@@ -72,6 +76,9 @@ class LocalStore(Store):
             return (self.folder / name).read_bytes()
         except FileNotFoundError:
             return None
+
+    def reading(self, name: str) -> BinaryIO:
+        return (self.folder / name).open("rb")
 
     def exists(self, name: str) -> bool:
         return (self.folder / name).exists()
@@ -140,6 +147,9 @@ class RemoteStore(Store):
             return self._files.cat_file(self._at(name))
         except FileNotFoundError:
             return None
+
+    def reading(self, name: str) -> BinaryIO:
+        return self._files.open(self._at(name), "rb", cache_type="none")
 
     def exists(self, name: str) -> bool:
         return self._files.exists(self._at(name))

@@ -3,9 +3,12 @@ import os
 import sys
 import uuid
 
+import numpy as np
 import pytest
 
 from tasks.errors import NightlyError
+from tasks.inputs import Listing
+from tasks.plan import FILES, changed_files, read_shard, write_plan
 from tasks.store import LocalStore, RemoteStore, is_remote, open_store
 from tests.object_store import s3
 
@@ -97,6 +100,29 @@ def test_a_browser_is_told_that_the_report_is_a_page(bucket):
 
 
 # --- a local result
+
+
+@pytest.mark.slow
+def test_of_a_long_plan_at_an_address_a_shard_fetches_its_own_part(bucket, monkeypatch):
+    import s3fs
+
+    fetched = []
+    works = s3fs.core.S3File._fetch_range
+
+    def counted(self, start, end):
+        fetched.append(end - start)
+        return works(self, start, end)
+
+    monkeypatch.setattr(s3fs.core.S3File, "_fetch_range", counted)
+    paths = [f"{uuid.uuid5(uuid.NAMESPACE_URL, str(number)).hex}.jpg" for number in range(50_000)]
+    listing = Listing(paths, np.zeros(len(paths), np.int64), np.zeros(len(paths), np.int64))
+    store = open_store(f"{bucket}/{uuid.uuid4().hex}")
+    plan = write_plan(store, {}, listing, shard_files=1000)
+    assert read_shard(store, 7) == paths[7000:8000]
+    assert sum(fetched) < len(store.read(FILES)) / plan.shards * 4
+    assert changed_files(store, listing) == 0
+    listing.paths[3] = "another.jpg"
+    assert changed_files(store, listing) == 2
 
 
 def test_publishing_replaces_the_older_result_and_leaves_what_killed_writers_left(tmp_path):
