@@ -137,6 +137,7 @@ def test_every_figure_is_the_evaluations(bundle, evaluated):
     assert f"{worst} ({per_class[worst]['recall']:.2%} of 50 test pictures recognized)" in text
     assert f"{evaluated['mistakes']} test pictures got a wrong label" in text
     assert "statistics of 5 pictures" in text
+    assert "(95% interval)" in text
     assert "Engine openvino-int8 is not offered: same label as Keras on 50.00% of the validation images" in text
 
 
