@@ -119,7 +119,7 @@ def make_headline(results: Sequence[Result]) -> str:
         errors = [_last_training_errors(networks[name]) for name in (shallow, deep)]
         gap = _gap(networks, shallow, deep)
         doubt = " (one seed)" if min(map(len, errors)) < 2 else " (within chance)"
-        chance = "" if _apart(*errors) else doubt
+        chance = "" if _clear(*errors) else doubt
         word = "worse" if gap > 0 else "better"
         parts.append(f"{label(deep)} trains {abs(gap) * 100:.1f} points {word} than {label(shallow)}{chance}")
     return "; ".join(parts) or f"{len(results)} trainings, no two depths of a family to compare"
@@ -257,10 +257,9 @@ def _contrast(one: Sequence[Result], other: Sequence[Result], where: str) -> str
     )
     if min(map(len, train)) < 2:
         found += "With one seed nothing is known about chance"
-    elif _apart(*train):
-        found += f"Every seed of the one is {'above' if gap > 0 else 'below'} every seed of the other"
     else:
-        found += "The seeds' ranges overlap: this may be chance"
+        found += f"Seeds of the same network differ by up to {max(map(_spread, train)) * 100:.1f} points"
+        found += "" if _clear(*train) else ": this may be chance"
     agree = (
         "So it is on the test images" if (test_gap > 0) == (gap > 0) else "On the test images it is the other way round"
     )
@@ -273,9 +272,15 @@ def _gap(networks: Mapping[str, list[Result]], one: str, other: str) -> float:
     return means[1] - means[0]
 
 
-def _apart(one: Sequence[float], other: Sequence[float]) -> bool:
-    """Tell whether two networks' figures do not overlap, over two seeds or more each."""
-    return min(len(one), len(other)) > 1 and (max(one) < min(other) or max(other) < min(one))
+def _clear(one: Sequence[float], other: Sequence[float]) -> bool:
+    """Tell whether two networks differ by more than seeds of the same network do; with one seed nobody knows."""
+    gap = abs(statistics.mean(one) - statistics.mean(other))
+    apart = max(one) < min(other) or max(other) < min(one)
+    return min(len(one), len(other)) > 1 and apart and gap > max(_spread(one), _spread(other))
+
+
+def _spread(values: Sequence[float]) -> float:
+    return max(values) - min(values)
 
 
 def _last_training_errors(runs: Sequence[Result]) -> list[float]:

@@ -250,11 +250,11 @@ def test_the_words_follow_from_the_numbers():
     plain, residual, shortcuts, depth = make_sentences(DEGRADED)
     assert plain == (
         "In the plain networks, plain-56 ends with a training error of 51.5% and plain-20 with 41.5%: 10.0 points "
-        "more. Every seed of the one is above every seed of the other. So it is on the test images: 51.5% and 41.5%."
+        "more. Seeds of the same network differ by up to 1.0 points. So it is on the test images: 51.5% and 41.5%."
     )
-    assert "The seeds' ranges overlap: this may be chance" in residual
+    assert "0.5 points more. Seeds of the same network differ by up to 2.0 points: this may be chance." in residual
     assert shortcuts.startswith("At 56 layers, ResNet-56 ends with a training error of 40.0% and plain-56 with 51.5%")
-    assert "Every seed of the one is below every seed of the other" in shortcuts
+    assert "may be chance" not in shortcuts
     assert depth == (
         "From 20 to 56 layers the training error changes by +10.0 points without shortcuts and by +0.5 with them."
     )
@@ -262,6 +262,13 @@ def test_the_words_follow_from_the_numbers():
         "plain-56 trains 10.0 points worse than plain-20; ResNet-56 trains 0.5 points worse than ResNet-20 "
         "(within chance)"
     )
+
+
+def test_seeds_that_are_apart_may_still_be_chance():
+    shallow = [made_up("resnet20", 1, 0.398), made_up("resnet20", 2, 0.439)]
+    deep, deeper = ([made_up("resnet56", seed, error + seed / 100) for seed in (1, 2)] for error in (0.43, 0.5))
+    assert make_headline([*shallow, *deep]).endswith(" than ResNet-20 (within chance)")
+    assert make_headline([*shallow, *deeper]).endswith(" than ResNet-20")
 
 
 def test_one_seed_tells_nothing_about_chance():
