@@ -58,12 +58,13 @@ def _not_to_be_paired(challenger: Evaluated, champion: Evaluated) -> str | None:
 
 
 def _respect_rollback(workspace: Workspace, model_id: str, verdict: Verdict) -> Verdict | None:
-    """Hold a model that a person took out of service: its figures were better then, too."""
-    taken_out = ledger.withdrawal(workspace.models, model_id)
-    if taken_out is None:
+    """Hold a model that was there when a person put another one back: its figures were better then, too."""
+    choice = ledger.withdrawal(workspace.models, model_id)
+    if choice is None:
         return None
-    by_hand = f"put it back by hand with 'nightly promote {model_id}'"
-    reason = f"rolled back on {taken_out.time[:10]} ({'; '.join(taken_out.reasons)})"
+    by_hand = f"put it in service by hand with 'nightly promote {model_id}'"
+    what = "rolled back" if choice.champion_before == model_id else f"known when {choice.id} was put back"
+    reason = f"{what} on {choice.time[:10]} ({'; '.join(choice.reasons)})"
     return Verdict("hold", [reason, by_hand], verdict.comparison)
 
 

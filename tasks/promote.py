@@ -121,13 +121,17 @@ def rollback(models: Path, model_id: str, reason: str) -> Entry:
 
 
 def withdrawal(models: Path, model_id: str) -> Entry | None:
-    """Return the rollback that took a model out of service, None if it never was or is back since."""
-    found = None
+    """Return the rollback by which a person chose another model although this one was known, None if there is none.
+
+    It was in service then, or had been judged. Put in service by hand since, it counts as chosen.
+    """
+    found, known = None, False
     for entry in history(models):
-        if entry.action == "rollback" and entry.champion_before == model_id:
-            found = entry
-        elif entry.action != "hold" and entry.id == model_id:
+        known |= model_id in (entry.id, entry.champion_before)
+        if entry.action != "hold" and entry.id == model_id:
             found = None
+        elif entry.action == "rollback" and known:
+            found = entry
     return found
 
 

@@ -52,6 +52,21 @@ def test_a_rollback_outlives_the_next_night(workspace):
     assert night(workspace, "ccc", 0.96) == "promote", "another model is judged as ever"
 
 
+def test_a_rollback_passes_over_a_model_that_was_held_before_it(workspace):
+    night(workspace, "aaa", 0.9)
+    night(workspace, "bbb", 0.95)
+    assert night(workspace, "ccc", 0.95) == "hold"
+    champion.roll_back(workspace, None, "confuses lions with cats")
+    assert night(workspace, "ccc", 0.95) == "hold", "nothing is new about it"
+    held = registry.history(workspace.models)[-1]
+    assert held.reasons[0].startswith("known when aaa was put back on ")
+    assert "nightly promote ccc" in held.reasons[1]
+    assert night(workspace, "ddd", 0.92) == "promote"
+    assert night(workspace, "ccc", 0.95) == "hold"
+    champion.promote_by_hand(workspace, "ccc", "on second thoughts", print)
+    assert registry.withdrawal(workspace.models, "ccc") is None
+
+
 def test_a_model_put_back_by_hand_is_no_longer_withdrawn(workspace):
     night(workspace, "aaa", 0.9)
     night(workspace, "bbb", 0.95)
