@@ -288,6 +288,17 @@ def test_the_model_in_service_stands_beside_this_one():
     assert "Beside the model in service" not in Page(render_report(report_data())).text
 
 
+def test_a_difference_is_for_the_better_or_the_worse_by_what_the_figure_is():
+    old = {"accuracy": 0.0, "top1_error": 0.0, "log_loss": 99.0, "accepted": 0.0, "accepted_accuracy": 1.0}
+    page = (
+        render_report(report_data(rival=rival(metrics=old)))
+        .partition('<table class="duel">')[2]
+        .partition("</table>")[0]
+    )
+    words = [re.findall(r"better|worse(?=<)", row) for row in page.split("<tr>")[2:]]
+    assert words == [["better"], ["worse"], ["better"], [], ["worse"]]
+
+
 def test_a_temperature_shows_the_diagram_before_and_after_it():
     before, after = (render_report(report_data(temperature=t)) for t in (1.0, 1.3))
     assert before.count('aria-label="Accuracy over confidence') == 1
