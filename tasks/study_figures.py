@@ -114,5 +114,5 @@ def _error_range(curves: Sequence[Curve]) -> tuple[float, float]:
         for value in values
         if iteration >= SETTLED * line[-1][0]
     ]
-    marks = ticks(min(settled), max(settled))
+    marks = ticks(min(settled), max(settled), 8)
     return marks[0], marks[-1]

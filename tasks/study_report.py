@@ -8,6 +8,7 @@ from typing import Any
 
 import pandas as pd
 
+from tasks.augment import AugmentParams, describe
 from tasks.charts import compact
 from tasks.files import publish_directory, write_json, write_text
 from tasks.pages import render, rows_of
@@ -211,6 +212,7 @@ def _page(
 ) -> str:
     families = list(dict.fromkeys(curve.family for curve in curves))
     recipe = results[0]["recipe"]
+    augmentation = describe(AugmentParams(**recipe["augment"]))
     kept = ("optimizer", "momentum", "nesterov", "weight_decay", "schedule", "batch_size")
     return render(
         "study.html",
@@ -222,12 +224,11 @@ def _page(
         compact=compact,
         figures=[(family, chart([curve for curve in curves if curve.family == family], curves)) for family in families],
         records=[
-            ("Training", rows_of({name: recipe["train"][name] for name in kept})),
+            ("Training", [*rows_of({name: recipe["train"][name] for name in kept}), ("augmentation", augmentation)]),
             (
                 "Learning rates",
                 rows_of({label(run["network"]): run["recipe"]["train"]["learning_rate"] for run in results}),
             ),
-            ("Augmentation", rows_of(recipe["augment"])),
             ("Runs", [(f"{label(run['network'])}, seed {run['seed']}", run["digest"]) for run in results]),
         ],
     )

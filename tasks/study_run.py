@@ -43,7 +43,8 @@ def build_network(network: str, params: StudyParams, size: int, classes: int, no
     """Return a Keras model from uint8 (N, size, size, 3) RGB to float32 (N, classes) probabilities.
 
     The VGG networks are those of keras.applications without their three dense layers, which at 32 px would look at
-    a single place, and with random weights; pooling and one dense layer follow, as in the residual networks.
+    a single place; pooling and one dense layer follow, as in the residual networks. So do the random weights, since
+    with Keras's Glorot it is still guessing after 200 iterations.
 
     Raises:
         NightlyError: the images are too small for the network.
@@ -70,7 +71,11 @@ def build_network(network: str, params: StudyParams, size: int, classes: int, no
         reverse_channels=normalization["channel_order"] == "BGR",
         name="normalize",
     )(images)
-    x = backbone(include_top=False, weights=None, input_shape=(size, size, 3), name=network)(x)
+    convolutions = backbone(include_top=False, weights=None, input_shape=(size, size, 3), name=network)
+    for layer in convolutions.layers:
+        if isinstance(layer, layers.Conv2D):
+            layer.kernel.assign(keras.initializers.HeNormal()(layer.kernel.shape))
+    x = convolutions(x)
     x = layers.GlobalAveragePooling2D(name="pool")(x)
     probabilities = layers.Dense(classes, activation="softmax", dtype="float32", name="probabilities")(x)
     return keras.Model(images, probabilities, name=network)
