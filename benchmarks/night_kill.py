@@ -41,6 +41,8 @@ READ_SECONDS = 0.05
 #: Reads between two that compute with the model.
 DEEP_EVERY = 200
 NIGHT_LIMIT_SECONDS = 900
+#: Stages of a night with new images, the taking in of the inbox among them, and about how long one works.
+STAGES, STAGE_SECONDS = 6, 1.5
 #: How long a run may be without a process, before it begins and after it ended.
 SILENCE_SECONDS = 60
 #: In the environment of all that the benchmark starts.
@@ -258,10 +260,13 @@ class Night:
 
 
 def ask(url: str, method: str, path: str, body: Any = None) -> Any:
-    """Return what the server answers, which must be no error."""
-    answer = httpx.request(method, f"{url}{path}", json=body, timeout=30)
-    answer.raise_for_status()
-    return answer.json()
+    """Return what the server answers, which must be no error; one that is busy is asked again, as Prefect's clients do."""
+    for _ in range(20):
+        answer = httpx.request(method, f"{url}{path}", json=body, timeout=30)
+        if answer.status_code != httpx.codes.SERVICE_UNAVAILABLE:
+            break
+        time.sleep(1)
+    return answer.raise_for_status().json()
 
 
 def last_line(log: Path) -> str:
@@ -309,6 +314,7 @@ class Trial:
         tolerant = {"class_recall_tolerance": 1.0, "calibration_tolerance": 1.0, "minimum_gain": 0.0}
         self.scratch.edit("retrain", keep=2, stop_grace_seconds=10, **tolerant)
         self.scratch.commit("the trial's parameters")
+        self.scratch.git("push", "--quiet")
         self.server = Server(self.scratch, database)
         self.serving = self.scratch.start("nightly", "serve", log=folder / "serve.log")
         self._await_deployment()
@@ -374,10 +380,17 @@ class Trial:
         self.tell(f"round {self.rounds}: {asdict(kill)}")
 
     def _hit(self, night: Night, target: str, by: str, moment: float) -> Kill | None:
-        while time.monotonic() - night.began < moment:
+        stages: set[int] = set()
+        wanted = self.moments.randint(1, STAGES) if target == "stage" else 0
+        # A moment of the night, or of one of its stages, so that each of those has its turn.
+        while len(stages) < wanted if wanted else time.monotonic() - night.began < moment:
             if night.ended():
                 return None
+            if wanted and (stage := night.stage()):
+                stages.add(stage[0].pid)
             time.sleep(0.1)
+        if wanted:
+            time.sleep(self.moments.uniform(0, STAGE_SECONDS))
         self.inbox.drop(1)
         victim = None
         while victim is None:

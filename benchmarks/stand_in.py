@@ -115,6 +115,8 @@ def evaluate(exported: Path, prepared: Path, out: Path) -> None:
     pairs = "".join(f"{bundle.classes[a]},{bundle.classes[f]}\n" for a, f in zip(actual, found, strict=True))
     write_text(out / "plots" / "confusion.csv", f"actual,predicted\n{pairs}")
     write_text(out / "plots" / "calibration.csv", "confidence,accuracy\n0.5,0.5\n")
+    recalls = "".join(f"{name},{found['recall']}\n" for name, found in scores.items())
+    write_text(out / "plots" / "classes.csv", f"class,recall\n{recalls}")
     write_text(out / "report.html", f"<p>{bundle.id}")
     write_json(out / "metrics.json", figures)
 
