@@ -260,7 +260,7 @@ class Night:
 
 
 def ask(url: str, method: str, path: str, body: Any = None) -> Any:
-    """Return what the server answers, which must be no error; one that is busy is asked again, as Prefect's clients do."""
+    """Return what the server answers, which must be no error; a busy one is asked again, as by Prefect's clients."""
     for _ in range(20):
         answer = httpx.request(method, f"{url}{path}", json=body, timeout=30)
         if answer.status_code != httpx.codes.SERVICE_UNAVAILABLE:
