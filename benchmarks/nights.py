@@ -1,7 +1,7 @@
-"""A week of nights on real digits: each with its verdict, its time, and whether git, DVC and the ledger agree after it.
+"""A week of nights on real digits: each with its verdict, its time, and whether git, DVC and the ledger agree then.
 
-The first model learns from 200 images. Then 900 more come into the inbox (promoted, if they help), 900 with wrong labels
-(to be held), nothing, a rollback, nothing again, and the wrong ones are taken out. One JSON object at the end.
+The first model learns from 200 images. Then 900 more come into the inbox (promoted, if they help), 900 with wrong
+labels (to be held), nothing, a rollback, nothing again, and the wrong ones are taken out. One JSON object at the end.
 """
 
 import argparse
