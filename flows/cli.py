@@ -69,7 +69,7 @@ def retrain(
 
     Exit code 75: run it again, later if another retraining is at work, at any time if this one was interrupted.
     """
-    from flows.console import calm_terminal
+    from flows.console import calm_terminal, server_may_be_lost
     from flows.workspace import find_workspace
 
     workspace = find_workspace()
@@ -83,7 +83,8 @@ def retrain(
     from flows.summary import Night, print_night
 
     announce_server()
-    state = flows_retrain.retrain(predict=folder, force=force, return_state=True)
+    with server_may_be_lost():
+        state = flows_retrain.retrain(predict=folder, force=force, return_state=True)
     night = state.result()
     if not isinstance(night, Night):
         print(f"skipped: {state.message}", file=sys.stderr)

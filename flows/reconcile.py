@@ -23,12 +23,13 @@ from tasks.files import tidy_up
 from tasks.registry import champion_id
 
 if TYPE_CHECKING:
-    from uuid import UUID
-
     from prefect.client.orchestration import SyncPrefectClient
+    from prefect.client.schemas.objects import FlowRun
 
 #: How long a run may take to get hold of the workspace, and to tell the server when it has left it.
 REPORTING_TIME = timedelta(minutes=10)
+#: How long the states of its tasks may take to reach the server after a run has ended.
+QUEUE_TIME = timedelta(seconds=30)
 _ASIDE = re.compile(r"\.(?P<name>.+)\.(?:partial|old)-(?P<pid>\d+)")
 
 
@@ -240,11 +241,16 @@ def mended_runs(workspace: Workspace) -> Iterator[str]:
                     known = client.read_flow_run(run.id)
                 except ObjectNotFound:
                     known = None
-                if known and known.state and is_at_work(known.state):
-                    if may_still_report(run):
+                if known and known.state:
+                    at_work = is_at_work(known.state)
+                    if at_work and may_still_report(run):
                         continue
-                    reason = crash(client, known.id, run)
-                    yield f"run '{known.name}' was {known.state.name} and is now Crashed: {reason}"
+                    if at_work or not reported_just_now(run):
+                        reason, tasks = crash(client, known, run)
+                        if at_work:
+                            yield f"run '{known.name}' was {known.state.name} and is now Crashed: {reason}"
+                        elif tasks:
+                            yield f"run '{known.name}' is {known.state.name}, now with all of its tasks: {reason}"
                 file.unlink(missing_ok=True)
     except httpx.HTTPError as error:
         yield f"runs of dead processes were not looked for: {' '.join(str(error).split()) or type(error).__name__}"
@@ -263,16 +269,23 @@ def may_still_report(run: Run) -> bool:
     return fate == "alive"
 
 
-def crash(client: "SyncPrefectClient", flow_run_id: "UUID", run: Run) -> str:
-    """Set a flow run and its task runs that are at work to Crashed; return the reason that was given."""
+def reported_just_now(run: Run) -> bool:
+    """Tell whether what a run said last may still be on its way: its tasks tell of themselves through a queue."""
+    ended = datetime.fromisoformat(run.ended) if run.ended else None
+    return ended is not None and datetime.now().astimezone() - ended < QUEUE_TIME
+
+
+def crash(client: "SyncPrefectClient", known: "FlowRun", run: Run) -> tuple[str, int]:
+    """Set a flow run and its task runs to Crashed where they are at work; return the reason, and how many tasks."""
     from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
     from prefect.states import Crashed
 
     how = "ended, but could not tell the server" if run.ended else "was killed"
     reason = f"process {run.pid} on {run.host} {how}"
-    of_it = FlowRunFilter(id=FlowRunFilterId(any_=[flow_run_id]))
-    for task_run in client.read_task_runs(flow_run_filter=of_it):
-        if task_run.state and is_at_work(task_run.state):
-            client.set_task_run_state(task_run.id, Crashed(message=reason), force=True)
-    client.set_flow_run_state(flow_run_id, Crashed(message=reason), force=True)
-    return reason
+    of_it = FlowRunFilter(id=FlowRunFilterId(any_=[known.id]))
+    at_work = [task for task in client.read_task_runs(flow_run_filter=of_it) if task.state and is_at_work(task.state)]
+    for task_run in at_work:
+        client.set_task_run_state(task_run.id, Crashed(message=reason), force=True)
+    if is_at_work(known.state):
+        client.set_flow_run_state(known.id, Crashed(message=reason), force=True)
+    return reason, len(at_work)

@@ -7,14 +7,15 @@ from pathlib import Path
 
 import prefect.runtime
 from prefect import flow, get_run_logger, task
-from prefect.artifacts import create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
+from prefect.context import FlowRunContext
 from prefect.states import Completed, Crashed, State
 
-from flows import inbox, stages
+from flows import artifacts, inbox, stages
 from flows.champion import Judgement, carry_out, judge_exported
 from flows.console import shorten_expected_errors
 from flows.night import tell
+from flows.notify import WELL, nights
 from flows.predict import classify, nothing_to_classify, obstacle, run_id
 from flows.prune import prune
 from flows.publish import Published, publish
@@ -32,7 +33,7 @@ shorten_expected_errors()
 
 
 class TooLate(NightlyError):
-    """A scheduled run that starts long after its time."""
+    """A scheduled run whose time is long past, or that another night has made up for."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,7 @@ def retrain(predict: Path | None = None, force: bool = False) -> Night:
         with recorded(workspace):
             refuse_lateness(workspace)
             with locked(workspace, "nightly retrain"):
+                refuse_repetition(workspace)
                 return carry_through(workspace, night, predict, force)
     except (Busy, TooLate) as reason:
         logger.info("skipped: %s", reason, extra={"expected": True})
@@ -95,7 +97,7 @@ def carry_through(workspace: Workspace, night: Night, predict: Path | None, forc
         raise
     finally:
         tell(workspace, night, get_run_logger().warning)
-        create_markdown_artifact(key="night", markdown=markdown(night), description=night.headline)
+        artifacts.show_night(markdown(night), night.headline, get_run_logger().warning)
     if night.state == "unchanged" and not night.built:
         return Completed(name="Skipped", message=f"nothing new: {night.headline}", data=night)
     return night
@@ -154,6 +156,21 @@ def refuse_lateness(workspace: Workspace) -> None:
         )
 
 
+def refuse_repetition(workspace: Workspace) -> None:
+    """Skip a run of the schedule that started only after a later night had ended: once is enough for what was missed.
+
+    The caller holds the workspace lock, so that no night ends meanwhile.
+    """
+    run, due = FlowRunContext.get().flow_run, prefect.runtime.flow_run.scheduled_start_time
+    if not run.auto_scheduled or run.run_count > 1:  # somebody asked for it
+        return
+    for night in nights(workspace):
+        started = datetime.fromisoformat(night.started)
+        if started > due and night.state in (*WELL, "failed"):
+            which = f"the night that started {started:%Y-%m-%d %H:%M} UTC"
+            raise TooLate(f"{which} has made up for this run, which was due {due:%Y-%m-%d %H:%M} UTC: {night.headline}")
+
+
 def take_in(tonight: Tonight) -> Intake:
     """Pack new labelled images out of the inbox into an addition; a task run of its own if there are any."""
     if not is_waiting(tonight.workspace.root / "data" / "inbox", tonight.workspace.root / "data" / "additions"):
@@ -199,13 +216,19 @@ def run_stage(tonight: Tonight, stage: str, force: bool, known_fresh: bool) -> S
     logger = get_run_logger()
     started = time.monotonic()
     outcome = Outcome.unchanged
+    progress = artifacts.Progress(stage, logger.warning)
+
+    def emit(line: str) -> None:
+        logger.info(line)
+        progress.hear(line)
+
     try:
         if not known_fresh:
             outcome = stages.reproduce(
                 tonight.workspace.root,
                 stage,
                 log=tonight.logs / f"{stage}.log",
-                emit=logger.info,
+                emit=emit,
                 limit_seconds=tonight.rules.stage_time_limit_hours * 3600,
                 grace_seconds=tonight.rules.stop_grace_seconds,
                 patience_seconds=tonight.patience_seconds,
@@ -214,6 +237,7 @@ def run_stage(tonight: Tonight, stage: str, force: bool, known_fresh: bool) -> S
     except Interrupted as reason:
         return interrupted(reason)
     if outcome is Outcome.ran:
+        progress.done()
         logger.info("done in %s", duration(time.monotonic() - started))
         return Completed(message="ran")
     logger.info("cached: %s", outcome)

@@ -4,11 +4,15 @@ import asyncio
 import logging
 import signal
 import sys
+from collections.abc import Awaitable, Callable
 from datetime import datetime
+from typing import Self
 from uuid import UUID
 from zoneinfo import ZoneInfo
 
+import httpx
 from prefect.client.orchestration import get_client
+from prefect.logging import get_logger
 from prefect.runner import Runner
 from prefect.schedules import Cron
 from prefect.types.entrypoint import EntrypointType
@@ -19,14 +23,54 @@ from tasks.errors import NightlyError
 
 DEPLOYMENT = "nightly"
 
+Look = Callable[[], Awaitable[None]]
+
 
 class NightlyRunner(Runner):
-    """Prefect's runner with an end that works: its own never awaits its coroutine and survives a Ctrl-C."""
+    """Prefect's runner, made to stand for months.
+
+    Its own end never awaits its coroutine and survives a Ctrl-C. And its loops, the one that looks for runs that are
+    due and the one that looks for runs to cancel, give up after the third look in vain: four minutes without a server
+    would end this process, and the night that is on in it.
+    """
+
+    async def __aenter__(self) -> Self:
+        await super().__aenter__()
+        for service, look in (
+            (self._scheduled_run_poller, "_get_and_submit_flow_runs"),
+            (self._cancelling_observer, "_check_for_cancelled_flow_runs"),
+        ):
+            setattr(service, look, patiently(getattr(service, look)))
+        return self
 
     def handle_sigterm(self, number: int, *_: object) -> None:
         # Tasks that are cancelled on the way out have nothing to report.
         logging.getLogger("asyncio").setLevel(logging.CRITICAL)
         sys.exit(128 + number if number == signal.SIGINT else 0)
+
+
+def patiently(look: Look) -> Look:
+    """Return ``look``, which asks the server for something, such that the server's absence is no error, but a line."""
+    logger = get_logger("serve")
+    silent = False
+
+    async def patient_look() -> None:
+        nonlocal silent
+        try:
+            await look()
+        except (httpx.TransportError, httpx.HTTPStatusError) as error:
+            if isinstance(error, httpx.HTTPStatusError) and not error.response.is_server_error:
+                raise
+            if not silent:
+                reason = " ".join(str(error).split()) or type(error).__name__
+                logger.warning("the Prefect server does not answer, waiting for it: %s", reason)
+            silent = True
+        else:
+            if silent:
+                logger.warning("the Prefect server answers again")
+            silent = False
+
+    return patient_look
 
 
 def fire_times(params: ServeParams, count: int = 3, start: datetime | None = None) -> list[datetime]:

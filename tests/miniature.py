@@ -60,7 +60,7 @@ WORK = """
 
         signal.signal(signal.SIGTERM, stop)
         signal.signal(signal.SIGINT, stop)
-        print(f"epoch 1 from step {step}")
+        print(f"epoch 1/1: from step {step}")
         if knobs["accuracy"] is None:
             sys.exit("error: train.learning_rate is too large: the loss is not finite")
         while step < knobs["steps"]:

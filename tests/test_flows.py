@@ -75,15 +75,15 @@ def test_a_first_night_a_night_without_news_and_a_better_model(workspace):
     assert (workspace.root / "models" / "registry" / "m1.dvc").is_file()
     with get_client(sync_client=True) as client:
         run = client.read_flow_run(state.state_details.flow_run_id)
-        [artifact] = [
-            artifact
-            for artifact in client.read_artifacts(limit=100, offset=0)
-            if artifact.flow_run_id == run.id and artifact.key == "night"
-        ]
+        shown = {one.key: one for one in client.read_artifacts(limit=100, offset=0) if one.flow_run_id == run.id}
+    artifact = shown.pop("night")
     assert re.fullmatch(r"retrain 20\d\d-\d\d-\d\d \d\d:\d\d:\d\d", run.name)
     assert "# Promoted: the first model" in artifact.data
     assert "| accuracy | 90.00% | – |" in artifact.data
     assert night.predictions.table in artifact.data
+    assert {key: (bar.data, bar.description) for key, bar in shown.items()} == {
+        "train-progress": (100.0, "epoch 1/1: from step 0")
+    }
 
     state, tasks = retrain()
     assert tasks == [
@@ -218,6 +218,42 @@ def test_a_night_that_is_long_overdue_is_skipped(workspace):
     state = run_flow(flow, flow_run=run, parameters={}, return_type="state")
     assert state.name == "Skipped"
     assert state.message.startswith("this run was due 30 h 0 min ago")
+
+
+def test_of_the_nights_that_were_missed_one_is_made_up_for(workspace):
+    from prefect.client.orchestration import get_client
+    from prefect.flow_engine import run_flow
+    from prefect.states import Scheduled
+
+    from flows.retrain import retrain as flow
+    from flows.serve import register
+
+    now = datetime.now(UTC)
+    _, deployment_id = register(ServeParams(cron="0 * * * *", timezone="UTC"))
+    with get_client(sync_client=True) as client:
+        span = {"start_time": f"{now - timedelta(hours=4)}", "end_time": f"{now}", "max_runs": 4}
+        client.request("POST", "/deployments/{id}/schedule", path_params={"id": deployment_id}, json=span)
+        past = [run for run in client.read_flow_runs() if run.deployment_id == deployment_id]
+        missed = sorted((run for run in past if run.expected_start_time < now), key=lambda run: run.expected_start_time)
+        asked_for = client.create_flow_run(flow, state=Scheduled(scheduled_time=missed[-1].expected_start_time))
+
+    def run(flow_run):
+        return run_flow(flow, flow_run=flow_run, parameters={}, return_type="state")
+
+    try:
+        workspace.set(steps=5, interrupted_at=3)
+        assert run(missed[0]).name == "Interrupted"  # which makes up for nothing
+        assert run(missed[1]).result().champion == "m1"
+        state = run(missed[2])
+        assert state.name == "Skipped"
+        assert (
+            f" has made up for this run, which was due {missed[2].expected_start_time:%Y-%m-%d %H:%M} UTC"
+            in state.message
+        )
+        assert run(asked_for).message.startswith("nothing new: ")
+    finally:
+        with get_client(sync_client=True) as client:  # which other tests share
+            client.delete_deployment(deployment_id)
 
 
 def test_a_folder_is_classified_by_a_flow_of_its_own(workspace):

@@ -364,6 +364,22 @@ def test_a_run_of_a_dead_process_is_set_to_crashed_with_its_tasks(workspace, ser
 
 
 @pytest.mark.slow
+def test_a_run_that_was_killed_while_it_was_canceled_leaves_no_task_at_work(workspace, server, dead):
+    from prefect.client.orchestration import get_client
+    from prefect.states import Cancelled
+
+    run = on_server()
+    with get_client(sync_client=True) as client:
+        client.set_flow_run_state(run.id, Cancelled(), force=True)
+    file = note(workspace, run, pid=dead, ended=runs.now())
+    assert list(mended_runs(workspace)) == [], "its tasks may be about to tell the server"
+    note(workspace, run, pid=dead)
+    assert [line.partition(", ")[0] for line in mended_runs(workspace)] == [f"run '{run.name}' is Cancelled"]
+    assert states(run) == ("Cancelled", ["Crashed"])
+    assert not file.exists()
+
+
+@pytest.mark.slow
 def test_a_run_of_a_living_process_stays_and_one_that_is_over_is_forgotten(workspace, server, dead):
     running, done = on_server(), on_server("Completed")
     files = [note(workspace, running), note(workspace, done, pid=dead)]
