@@ -106,7 +106,7 @@ def carry_through(workspace: Workspace, night: Night, predict: Path | None, forc
 def work(tonight: Tonight, night: Night, predict: Path | None, force: bool) -> None:
     """Do all that a night consists of, writing down in ``night`` what came of it as soon as it is known."""
     workspace, started = tonight.workspace, time.monotonic()
-    if prefect.runtime.deployment.id is not None:
+    if FlowRunContext.get().flow_run.deployment_id is not None:  # known without asking a server that may be away
         from flows.serve import fire_times  # which imports this module
 
         night.next_run = fire_times(read_settings(workspace.params)["serve"])[0]
