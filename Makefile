@@ -7,6 +7,8 @@ VARIANT := $(if $(GPU),-gpu)
 # A file's tests stay in one process, which has its networks and fixtures already; each process may take 3 GB. The order
 # is that of tests/conftest.py.
 PARALLEL := --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+# Needs a GPU; what other benchmarks share.
+NO_BENCH := gpu scratch stand_in
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
@@ -41,7 +43,7 @@ check: setup ## the fast part of `make test`, for while you type
 	$(BIN)/pytest $(PARALLEL) -m "not slow"
 
 bench: setup ## the benchmarks behind the README's table; gpu.py, which needs a GPU, is run by itself
-	for script in $(filter-out benchmarks/gpu.py,$(wildcard benchmarks/*.py)); do $(BIN)/python $$script || exit 1; done
+	for script in $(filter-out $(NO_BENCH:%=benchmarks/%.py),$(wildcard benchmarks/*.py)); do $(BIN)/python $$script || exit 1; done
 
 lock: ## resolve pyproject.toml anew into both lock files (needs uv)
 	for extra in "" gpu; do \
