@@ -117,8 +117,8 @@ def _take_turn() -> None:
             lock.acquire(blocking=False)
         except Timeout:
             holder = _holder(owner)
-            print(f"waiting for the GPU: {holder}", flush=True)
             try:
+                print(f"waiting for the GPU: {holder}", flush=True)
                 lock.acquire(poll_interval=1.0)
             except KeyboardInterrupt:
                 raise Interrupted(f"stopped while it waited for the GPU: {holder}") from None
