@@ -9,6 +9,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -32,6 +33,8 @@ PLAN, FILES, PARTS = "plan/plan.json", "plan/files.parquet", "predictions.parque
 SUMMARY = "summary.json"
 #: Statuses of which another look may make something else, although the file is as it was.
 _TRANSIENT = {Status.UNREADABLE, Status.VANISHED}
+#: Results that nobody named.
+_BY_TIME = re.compile(r"\d{8}-\d{6}")
 _FILES_SCHEMA = pa.schema([("path", pa.binary()), ("size", pa.int64()), ("mtime_ns", pa.int64())])
 
 
@@ -127,28 +130,31 @@ def read_plan(store: Store) -> Plan | None:
     """Return the plan in a store, None if there is none of this format."""
     data = store.read(PLAN)
     try:
-        facts = json.loads(data) if data else {}
-    except ValueError:
+        found = Plan(**json.loads(data)) if data else None
+    except (ValueError, TypeError):
         return None
-    return Plan(**facts) if facts.get("format") == FORMAT else None
+    return found if found and found.format == FORMAT else None
 
 
 def adopt(store: Store, out: str, identity: dict[str, Any], listing: Listing) -> Plan | None:
-    """Take over the plan and parts of a complete result ``out`` of the same run on the same, unchanged files.
+    """Take over the plan and parts of a complete result of the same run on the same, unchanged files.
 
-    Parts with files that could not be read are left behind: permissions and disks are mended without a trace in the
-    listing.
+    That is ``out`` itself or, where that is named by its time as those of the nights are, such a one beside it. Parts
+    with files that could not be read are left behind: permissions and disks are mended without a trace in the listing.
 
     Returns:
         The plan, with the parts in ``store``; None if the result is of something else or there is none.
     """
     if not isinstance(store, LocalStore):
         return None
-    result = LocalStore(Path(out))
-    found = read_plan(result)
-    if found is None or found.identity != identity or found.listing != digest(listing):
-        return None
-    if missing_shards(result, found):
+    here, listed = Path(out).absolute(), digest(listing)
+    plans = here.parent.glob(f"[0-9]*-[0-9]*/{PLAN}") if _BY_TIME.fullmatch(here.name) else ()
+    beside = sorted((path.parents[1] for path in plans), reverse=True)
+    for result in map(LocalStore, (here, *beside)):
+        found = read_plan(result)
+        if found and found.identity == identity and found.listing == listed and not missing_shards(result, found):
+            break
+    else:
         return None
     store.clear()
     parts = [f"{PARTS}/{part_name(shard)}" for shard in range(found.shards)]

@@ -279,6 +279,21 @@ def test_rows_of_unchanged_files_are_taken_over_from_a_complete_result(folder, e
     assert run(folder, exported, tmp_path / "out")[0].resumed_files == 0
 
 
+def test_of_results_that_are_named_by_their_time_the_newest_serves_the_next(folder, exported, tmp_path, monkeypatch):
+    names = ["20261128-020000", "20261129-020000", "20261130-020000"]
+    run(folder, exported, tmp_path / names[0], formats=FORMATS)
+    run(folder / "red", exported, tmp_path / names[1])
+    (tmp_path / "20261129-damaged" / "plan").mkdir(parents=True)
+    (tmp_path / "20261129-damaged" / "plan" / "plan.json").write_text("[1]")
+    with monkeypatch.context() as patch:
+        patch.setattr("tasks.prediction.open_engine", None)
+        summary, _ = run(folder, exported, tmp_path / names[2], formats=FORMATS)
+    assert summary.resumed_files == 12
+    assert everything(tmp_path / names[2]) == everything(tmp_path / names[0])
+    assert run(folder, exported, tmp_path / "somewhere")[0].resumed_files == 0
+    assert run(folder, exported, tmp_path / "20261201-020000", fresh=True)[0].resumed_files == 0
+
+
 def test_a_complete_result_at_an_address_is_made_anew_when_files_change(folder, exported):
     from tasks.store import open_store
 
