@@ -171,11 +171,14 @@ def bootstrap_intervals(
     """Return intervals of ``macro_f1``, ``log_loss`` and ``calibration_error``, for which there is no formula.
 
     Efron, "Bootstrap Methods: Another Look at the Jackknife", 1979: the images are drawn with replacement, the ends
-    are percentiles. Those of the calibration error are mirrored at its value (Davison and Hinkley, "Bootstrap Methods
-    and Their Application", 1997, section 5.2.1), because drawing adds noise to the bins, and noise is a gap: most
-    resamples of a well calibrated model are worse than itself. In simulations with 1,000 images the first two
-    intervals at 95% held the truth 94 to 95 times in 100; the third 88 to 92 times, and where the truth is 0, half
-    of the time: the error that is measured is never 0, and with it the interval lies too high.
+    are percentiles. Drawing moves two of the figures themselves: it takes images of small classes away, whose F1 falls,
+    and adds noise to the bins, whose gaps grow, so that most resamples of a model are worse than itself. The ends of
+    macro F1 are therefore shifted by what its median lies off, those of the calibration error mirrored at its value
+    (Davison and Hinkley, "Bootstrap Methods and Their Application", 1997, section 5.2.1).
+
+    In simulations the intervals at 95% of the first two held the truth 94 times in 100 with 1,000 images of ten classes,
+    that of macro F1 85 times with 500 or 1,000 images of a hundred classes. The third did 88 to 92 times, and where the
+    truth is 0, half of the time: the error that is measured is never 0, and with it the interval lies too high.
     """
     from scipy.sparse import csr_array
 
@@ -207,9 +210,10 @@ def bootstrap_intervals(
         drawn = random.integers(images, size=(images, size := min(step, RESAMPLES - start)))
         counts = np.bincount((drawn * size + np.arange(size)).ravel(), minlength=images * size)
         found.append(figures(counts.reshape(images, size).astype(np.float64)))
-    own = figures(np.ones((images, 1)))[2, 0]
-    low, high = np.quantile(np.concatenate(found, axis=1), [0.5 - level / 2, 0.5 + level / 2], axis=1)
-    low[2], high[2] = min(max(0.0, 2 * own - high[2]), own), max(2 * own - low[2], own)
+    own = figures(np.ones((images, 1)))[:, 0]
+    low, middle, high = np.quantile(np.concatenate(found, axis=1), [0.5 - level / 2, 0.5, 0.5 + level / 2], axis=1)
+    low[0], high[0] = np.clip(np.array([low[0], high[0]]) + own[0] - middle[0], 0.0, 1.0)
+    low[2], high[2] = min(max(0.0, 2 * own[2] - high[2]), own[2]), max(2 * own[2] - low[2], own[2])
     names = ("macro_f1", "log_loss", "calibration_error")
     return {name: (float(low[i]), float(high[i])) for i, name in enumerate(names)}
 

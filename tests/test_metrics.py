@@ -176,9 +176,11 @@ def test_bootstrap_intervals_are_those_of_images_drawn_with_replacement(monkeypa
         drawn.append(
             [metrics.macro_f1(scores), metrics.log_loss(own, probabilities[chosen]), metrics.calibration_error(bins)]
         )
-    low, high = np.quantile(drawn, [0.05, 0.95], axis=0)
-    for i, name in enumerate(("macro_f1", "log_loss")):
-        np.testing.assert_allclose(found[name], (low[i], high[i]), atol=0.1 * (high[i] - low[i]))
+    low, middle, high = np.quantile(drawn, [0.05, 0.5, 0.95], axis=0)
+    np.testing.assert_allclose(found["log_loss"], (low[1], high[1]), atol=0.1 * (high[1] - low[1]))
+    scores = metrics.class_scores(metrics.confusion_matrix(targets, probabilities.argmax(axis=1), 3))
+    shifted = np.array([low[0], high[0]]) + metrics.macro_f1(scores) - middle[0]
+    np.testing.assert_allclose(found["macro_f1"], shifted, atol=0.1 * (high[0] - low[0]))
     bins = metrics.calibration_bins(probabilities.max(axis=1), probabilities.argmax(axis=1) == targets, 5)
     own = metrics.calibration_error(bins)
     mirrored = 2 * own - high[2], 2 * own - low[2]
@@ -195,7 +197,21 @@ def test_a_bootstrap_interval_holds_the_figure_and_stays_within_its_range():
             low, high = found["calibration_error"]
             assert 0 <= low <= own + 1e-12
             assert own <= high + 1e-12
-            assert 0 <= found["macro_f1"][0] <= found["macro_f1"][1] <= 1
+            scores = metrics.class_scores(metrics.confusion_matrix(targets, probabilities.argmax(axis=1), 3))
+            low, high = found["macro_f1"]
+            assert 0 <= low <= metrics.macro_f1(scores) + 1e-12
+            assert metrics.macro_f1(scores) <= high + 1e-12 <= 1 + 1e-12
+
+
+def test_the_interval_of_macro_f1_holds_it_with_a_thousand_classes_of_two_images():
+    random = np.random.default_rng(0)
+    targets = np.repeat(np.arange(1000), 2)
+    labels = np.where(random.random(2000) < 0.7, targets, random.integers(1000, size=2000))
+    probabilities = np.full((2000, 1000), 0.0004)
+    probabilities[np.arange(2000), labels] = 0.6
+    own = metrics.macro_f1(metrics.class_scores(metrics.confusion_matrix(targets, labels, 1000)))
+    low, high = metrics.bootstrap_intervals(targets, probabilities)["macro_f1"]
+    assert low < own < high
 
 
 def test_images_that_are_all_alike_leave_no_doubt():
