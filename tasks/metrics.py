@@ -176,9 +176,10 @@ def bootstrap_intervals(
     macro F1 are therefore shifted by what its median lies off, those of the calibration error mirrored at its value
     (Davison and Hinkley, "Bootstrap Methods and Their Application", 1997, section 5.2.1).
 
-    In simulations the intervals at 95% of the first two held the truth 94 times in 100 with 1,000 images of ten classes,
-    that of macro F1 85 times with 500 or 1,000 images of a hundred classes. The third did 88 to 92 times, and where the
-    truth is 0, half of the time: the error that is measured is never 0, and with it the interval lies too high.
+    In simulations the intervals at 95% of the first two held the truth 94 times in 100 with 1,000 images of ten
+    classes, that of macro F1 85 times with 500 or 1,000 images of a hundred classes. The third did 88 to 92 times, and
+    where the truth is 0, half of the time: the error that is measured is never 0, and with it the interval lies too
+    high.
     """
     from scipy.sparse import csr_array
 

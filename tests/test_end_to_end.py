@@ -14,6 +14,25 @@ import yaml
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 STAGES = ["download", "prepare", "augment", "train", "export", "evaluate"]
+#: Every Python process that finds it on its path notes whom it wants to talk to, and talks to this machine alone.
+NO_NETWORK = """
+import os, sys
+
+def listen(event, arguments):
+    if event == "socket.getaddrinfo":
+        host = arguments[0]
+    elif event == "socket.connect" and isinstance(arguments[1], tuple):
+        host = arguments[1][0]
+    else:
+        return
+    host = host.decode() if isinstance(host, bytes) else host
+    if host not in (None, "", "localhost", "127.0.0.1", "::1", "0.0.0.0"):
+        with open(os.environ["STRANGERS"], "a") as file:
+            print(host, *sys.argv[:3], file=file)
+        raise OSError(101, "Network is unreachable")
+
+sys.addaudithook(listen)
+"""
 
 
 class Workspace:
@@ -22,11 +41,17 @@ class Workspace:
     def __init__(self, root: Path, home: Path) -> None:
         self.root = root
         binaries = Path(sys.executable).parent
+        self.strangers = home.with_name("strangers")
+        home.with_name("no_network").mkdir()
+        (home.with_name("no_network") / "sitecustomize.py").write_text(NO_NETWORK)
+        # Whether telemetry is off is this software's own doing, not that of the tests.
+        opted_out = ("DO_NOT_TRACK", "DVC_NO_ANALYTICS")
         self.environment = {
-            **{name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")},
+            **{key: value for key, value in os.environ.items() if not key.startswith(("PREFECT_", *opted_out))},
             "PATH": f"{binaries}{os.pathsep}{os.environ['PATH']}",
             "PREFECT_HOME": str(home),
-            "PYTHONPATH": str(root),
+            "PYTHONPATH": f"{root}{os.pathsep}{home.with_name('no_network')}",
+            "STRANGERS": str(self.strangers),
             "COLUMNS": "160",
         }
 
@@ -60,7 +85,7 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
         target = root / name
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(name, target)
-    space = Workspace(root, tmp_path_factory.mktemp("prefect"))
+    space = Workspace(root, tmp_path_factory.mktemp("machine") / "prefect")
     space.run("git", "init", "--quiet")
     space.edit("train", epochs=1, batch_size=128)
     space.edit("retrain", accuracy_floor=0.0)
@@ -156,3 +181,11 @@ def test_the_commands_work_on_the_champion(workspace):
     assert "4 (4 ok)" in workspace.run("nightly", "predict", "data/prepared/examples/1", "--out", "somewhere")
     table = pd.read_csv(workspace.root / "somewhere" / "predictions.csv")
     assert len(table) == 4
+
+
+def test_nothing_of_all_this_wants_to_talk_to_another_machine(workspace):
+    assert not workspace.strangers.exists(), workspace.strangers.read_text()
+    program = "import socket; socket.create_connection(('example.org', 80))"
+    done = subprocess.run([sys.executable, "-c", program], env=workspace.environment, capture_output=True, text=True)
+    assert "Network is unreachable" in done.stderr
+    assert workspace.strangers.read_text().startswith("example.org")
