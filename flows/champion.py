@@ -4,9 +4,9 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from flows import child, stages
+from flows import child, stages, storage
 from flows.child import StageFailed
-from flows.settings import RetrainParams
+from flows.settings import RetrainParams, read_settings
 from flows.stages import Emit
 from flows.workspace import Workspace
 from tasks import judge, registry
@@ -27,6 +27,30 @@ class Judgement:
     champion: Metrics | None
 
 
+def require_known_classes(workspace: Workspace) -> None:
+    """Stop before a training whose model could not be compared with the champion, for want of some of its classes.
+
+    Which classes may come is said by ``inbox.classes``: none (``fixed``) or new ones (``grow``); or all of it by
+    ``prepare.expected_classes``. Data without any of the champion's classes are another task, which is meant.
+
+    Raises:
+        NightlyError: names the classes and what allows them.
+    """
+    settings, model_id = read_settings(workspace.params), registry.champion_id(workspace.models)
+    prepared, bundle = workspace.prepared / "classes.json", workspace.registry / f"{model_id}" / "bundle.json"
+    if settings["prepare"].expected_classes is not None or not (prepared.is_file() and bundle.is_file()):
+        return
+    now, before = read_json(prepared), read_json(bundle)["classes"]
+    gone, new = ([name for name in one if name not in other] for one, other in ((before, now), (now, before)))
+    if len(new) == len(now) or not (gone or (new and settings["inbox"].classes == "fixed")):
+        return
+    words = [f"{', '.join(names)} {what}" for names, what in ((gone, "gone"), (new, "new")) if names]
+    raise NightlyError(
+        f"the classes are not those of the model in service, {model_id}: {'; '.join(words)}. Bring images of what "
+        "is gone back; 'inbox.classes: grow' allows new ones, and 'prepare.expected_classes' with every name anything"
+    )
+
+
 def judge_exported(workspace: Workspace, rules: RetrainParams, log: Path, emit: Emit) -> Judgement:
     """Judge ``models/exported`` against the champion, measured anew on another test set or without its predictions."""
     engines = load_bundle(workspace.exported).engines
@@ -35,11 +59,13 @@ def judge_exported(workspace: Workspace, rules: RetrainParams, log: Path, emit: 
     champion_id = registry.champion_id(workspace.models)
     champion = None
     if champion_id is not None:
-        path = _present(workspace, champion_id)
+        limit_seconds = rules.stage_time_limit_hours * 3600
+        path = _present(workspace, champion_id, log, emit, limit_seconds, rules.dvc_patience_minutes * 60)
         champion = judge.read_evaluation(path / "evaluation")
         if reason := _not_to_be_paired(challenger, champion):
             emit(f"{reason}: measuring the champion {champion_id} on today's test set")
-            champion = _measured_anew(workspace, path, challenger.metrics["test_digest"], log, emit) or champion
+            test_digest = challenger.metrics["test_digest"]
+            champion = _measured_anew(workspace, path, test_digest, log, emit, limit_seconds) or champion
     verdict = judge.judge(challenger, champion, rules)
     if verdict.action == "promote":
         verdict = _respect_rollback(workspace, challenger.id, verdict) or verdict
@@ -98,16 +124,16 @@ def promote_by_hand(workspace: Workspace, model_id: str, reason: str, emit: Emit
         raise NightlyError(f"{model_id} is the champion already")
     if model_id not in registry.registered(workspace.models) and _exported_id(workspace) == model_id:
         _register(workspace, 0.0, emit)
-    _present(workspace, model_id)
+    _present(workspace, model_id, workspace.state / "logs" / "promote.log", emit)
     return ledger.promote(workspace.models, model_id, Verdict("promote", [reason]))
 
 
-def roll_back(workspace: Workspace, model_id: str | None, reason: str) -> Entry:
+def roll_back(workspace: Workspace, model_id: str | None, reason: str, emit: Emit) -> Entry:
     """Put ``model_id`` (None: the champion's predecessor) back in service, fetching it if it was pruned."""
     target = model_id or ledger.rollback_target(workspace.models)
     if _current(workspace) == target:
         raise NightlyError(f"{target} is the champion already")
-    _present(workspace, target)
+    _present(workspace, target, workspace.state / "logs" / "rollback.log", emit)
     return ledger.rollback(workspace.models, target, reason)
 
 
@@ -128,15 +154,26 @@ def _register(workspace: Workspace, patience_seconds: float, emit: Emit) -> None
     stages.track(workspace.root, workspace.registry / model_id, patience_seconds, emit)
 
 
-def _present(workspace: Workspace, model_id: str) -> Path:
+def _present(
+    workspace: Workspace,
+    model_id: str,
+    log: Path,
+    emit: Emit,
+    limit_seconds: float | None = None,
+    patience_seconds: float = 0.0,
+) -> Path:
     """Return a registered model's directory, fetched from DVC's storage if it was pruned."""
     path = workspace.registry / model_id
     if not path.is_dir() and path.with_name(f"{model_id}.dvc").is_file():
-        stages.fetch(workspace.root, path)
+        emit(f"fetching {model_id} from DVC's storage")
+        limits = {"limit_seconds": limit_seconds, "patience_seconds": patience_seconds}
+        storage.fetch(workspace.root, path, log=log, emit=emit, **limits)
     return registry.registered_path(workspace.models, model_id)
 
 
-def _measured_anew(workspace: Workspace, path: Path, test_digest: str, log: Path, emit: Emit) -> Evaluated | None:
+def _measured_anew(
+    workspace: Workspace, path: Path, test_digest: str, log: Path, emit: Emit, limit_seconds: float
+) -> Evaluated | None:
     """Return the champion's evaluation on today's test set, None if it can't be measured on it."""
     out = workspace.state / "champion-evaluation"
     if (out / "metrics.json").is_file():
@@ -146,7 +183,7 @@ def _measured_anew(workspace: Workspace, path: Path, test_digest: str, log: Path
     command = [sys.executable, "-m", "tasks.evaluate", "--exported", str(path), "--prepared", str(workspace.prepared)]
     command += ["--out", str(out), "--params", str(workspace.params)]
     try:
-        child.run(command, name="judge", root=workspace.root, log=log, emit=emit)
+        child.run(command, name="judge", root=workspace.root, log=log, emit=emit, limit_seconds=limit_seconds)
     except StageFailed as failure:
         emit(f"the champion can't be measured on it: {failure}")
         return None

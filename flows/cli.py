@@ -205,7 +205,7 @@ def serve() -> None:
     """Start the retraining every night, at the hour in the section 'serve' of params.yaml."""
     from flows.console import calm_terminal
     from flows.server import require_server
-    from flows.settings import read_settings
+    from flows.settings import fire_times, read_settings
     from flows.workspace import find_workspace
 
     workspace = find_workspace()
@@ -222,7 +222,7 @@ def serve() -> None:
         screen(),
         {
             "schedule": f"'{params.cron}' {params.timezone}, active on {url}",
-            "next runs": ", ".join(f"{time:%a %Y-%m-%d %H:%M %Z}" for time in flows_serve.fire_times(params)),
+            "next runs": ", ".join(f"{time:%a %Y-%m-%d %H:%M %Z}" for time in fire_times(params)),
             "run it now": "prefect deployment run retrain/nightly",
             "stop": "Ctrl-C; the schedule stays active, and runs that come due wait for the next 'nightly serve'",
         },
@@ -293,7 +293,7 @@ def rollback(
 
     workspace = find_workspace()
     with locked(workspace, "nightly rollback"):
-        _print_change(champion.roll_back(workspace, model_id, reason))
+        _print_change(champion.roll_back(workspace, model_id, reason, print))
 
 
 @app.command(epilog="Example: nightly doctor --max-age 36h")

@@ -3,15 +3,26 @@
 import sys
 from pathlib import Path
 
-from flows import child, stages
+from flows import child, stages, storage
 from flows.stages import Emit
 from flows.workspace import Workspace
 from tasks.files import read_json
 from tasks.inbox import Intake, is_waiting
 
 
+def is_due(workspace: Workspace) -> bool:
+    """Tell in milliseconds whether ``take_in`` would find anything: images, or archives that lack a half."""
+    archives, pointers = _archives(workspace), _pointers(workspace)
+    return archives != pointers or is_waiting(workspace.root / "data" / "inbox", _additions(workspace))
+
+
 def take_in(
-    workspace: Workspace, logs: Path, patience_seconds: float, emit: Emit, limit_seconds: float | None = None
+    workspace: Workspace,
+    logs: Path,
+    patience_seconds: float,
+    emit: Emit,
+    limit_seconds: float | None = None,
+    grace_seconds: float = 20.0,
 ) -> Intake:
     """Pack ``data/inbox`` into an archive in ``data/additions`` that DVC tracks; the workspace's lock must be held.
 
@@ -23,12 +34,17 @@ def take_in(
     Raises:
         NightlyError: it could not be done, or not all of it; the inbox has what was not yet taken in.
     """
-    data = workspace.root / "data"
-    additions = data / "additions"
-    for pointer in _pointers(additions):
-        if not (archive := pointer.with_suffix("")).exists():
-            stages.fetch(workspace.root, archive)
-            emit(f"fetched {archive.name}")
+    data, additions = workspace.root / "data", _additions(workspace)
+    for name in sorted(_pointers(workspace) - _archives(workspace)):
+        storage.fetch(
+            workspace.root,
+            additions / name,
+            log=logs / "inbox.log",
+            emit=emit,
+            limit_seconds=limit_seconds,
+            patience_seconds=patience_seconds,
+        )
+        emit(f"fetched {name}")
     intake = Intake()
     if is_waiting(data / "inbox", additions):
         report = logs / "intake.json"
@@ -44,21 +60,24 @@ def take_in(
             log=logs / "inbox.log",
             emit=emit,
             limit_seconds=limit_seconds,
+            grace_seconds=grace_seconds,
         )
         intake = Intake(**read_json(report))
-    known = {pointer.stem for pointer in _pointers(additions)}
-    for archive in sorted(additions.glob("[!.]*.tar")):
-        if archive.name not in known:
-            stages.track(workspace.root, archive, patience_seconds, emit)
-            if archive.name != intake.archive:
-                emit(f"versioned {archive.name}")
+    for name in sorted(_archives(workspace) - _pointers(workspace)):
+        stages.track(workspace.root, additions / name, patience_seconds, emit)
+        if name != intake.archive:
+            emit(f"versioned {name}")
     return intake
 
 
-def _pointers(additions: Path) -> list[Path]:
-    """Return the archives' ``.dvc`` files, without those that a kill left empty: DVC could not read them."""
-    pointers = sorted(additions.glob("[!.]*.tar.dvc"))
-    for pointer in pointers:
-        if not pointer.stat().st_size:
-            pointer.unlink()
-    return [pointer for pointer in pointers if pointer.exists()]
+def _additions(workspace: Workspace) -> Path:
+    return workspace.root / "data" / "additions"
+
+
+def _archives(workspace: Workspace) -> set[str]:
+    return {path.name for path in _additions(workspace).glob("[!.]*.tar")}
+
+
+def _pointers(workspace: Workspace) -> set[str]:
+    """Return the names of the archives that DVC knows, whether they are here or not."""
+    return {path.stem for path in _additions(workspace).glob("[!.]*.tar.dvc")}

@@ -21,6 +21,9 @@ Result = TypeVar("Result")
 BUSY = ("Unable to acquire lock", "is busy, it is being blocked by")
 _BETWEEN_TRIES_SECONDS = 2.0
 
+#: The stage after which the images and their classes are known.
+DATA_STAGE = "prepare"
+
 #: What DVC says about itself and what is reported otherwise: kept in the log file, not streamed.
 _CHATTER = (
     "Running stage '",
@@ -131,11 +134,6 @@ def track(root: Path, path: Path, patience_seconds: float = 0.0, emit: Emit = pr
     """Put a file or directory under DVC's care: its content in the cache, a ``.dvc`` file beside it for git."""
     # Otherwise DVC deletes it, copies it back from the cache and writes the pointer last: a kill would lose it.
     patiently(lambda: _dvc(root, "add", "--quiet", "--no-relink", str(path.relative_to(root))), patience_seconds, emit)
-
-
-def fetch(root: Path, path: Path) -> None:
-    """Bring a tracked directory back from DVC's cache or its remote storage."""
-    _dvc(root, "pull", "--quiet", f"{path.relative_to(root)}.dvc")
 
 
 def program() -> list[str]:

@@ -53,6 +53,25 @@ def push(
     return [f"some of the data is neither in DVC's cache nor in the remote (log: {shown})"] if lost else []
 
 
+def fetch(
+    root: Path,
+    path: Path,
+    *,
+    log: Path,
+    emit: Emit,
+    limit_seconds: float | None = None,
+    patience_seconds: float = 0.0,
+) -> None:
+    """Bring a tracked file or directory back from DVC's cache or its remote storage.
+
+    Raises:
+        StageFailed: it is in neither, or the remote can't be reached.
+    """
+    pointer = f"{path.relative_to(root)}.dvc"
+    arguments = ("pull", "--quiet", pointer)
+    _run(root, *arguments, log=log, emit=emit, limit_seconds=limit_seconds, patience_seconds=patience_seconds)
+
+
 def copies(
     root: Path,
     paths: Iterable[Path],

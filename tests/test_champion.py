@@ -43,7 +43,7 @@ def ledger(workspace: Workspace) -> list[tuple[str, str]]:
 def test_a_rollback_outlives_the_next_night(workspace):
     night(workspace, "aaa", 0.9)
     night(workspace, "bbb", 0.95)
-    champion.roll_back(workspace, None, "confuses lions with cats")
+    champion.roll_back(workspace, None, "confuses lions with cats", print)
     assert night(workspace, "bbb", 0.95) == "hold"
     assert registry.champion_id(workspace.models) == "aaa"
     held = registry.history(workspace.models)[-1]
@@ -56,7 +56,7 @@ def test_a_rollback_passes_over_a_model_that_was_held_before_it(workspace):
     night(workspace, "aaa", 0.9)
     night(workspace, "bbb", 0.95)
     assert night(workspace, "ccc", 0.95) == "hold"
-    champion.roll_back(workspace, None, "confuses lions with cats")
+    champion.roll_back(workspace, None, "confuses lions with cats", print)
     assert night(workspace, "ccc", 0.95) == "hold", "nothing is new about it"
     held = registry.history(workspace.models)[-1]
     assert held.reasons[0].startswith("known when aaa was put back on ")
@@ -70,7 +70,7 @@ def test_a_rollback_passes_over_a_model_that_was_held_before_it(workspace):
 def test_a_model_put_back_by_hand_is_no_longer_withdrawn(workspace):
     night(workspace, "aaa", 0.9)
     night(workspace, "bbb", 0.95)
-    champion.roll_back(workspace, None, "a mistake")
+    champion.roll_back(workspace, None, "a mistake", print)
     champion.promote_by_hand(workspace, "bbb", "the mistake was mine", print)
     assert registry.withdrawal(workspace.models, "bbb") is None
     assert registry.withdrawal(workspace.models, "aaa") is None

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from flows import child, stages
+from flows import child, stages, storage
 from flows.child import StageFailed
 from flows.stages import Outcome
 from flows.workspace import Busy, Workspace, find_workspace, locked
@@ -350,7 +350,7 @@ def test_a_tracked_directory_comes_back_after_it_was_pruned(pipeline):
     stages.track(pipeline, model)
     (model / "weights").unlink()
     model.rmdir()
-    stages.fetch(pipeline, model)
+    storage.fetch(pipeline, model, log=pipeline / "fetch.log", emit=print)
     assert (model / "weights").read_text() == "1 2 3"
 
 

@@ -163,12 +163,12 @@ def test_pruned_models_come_back_from_cache_and_remote_and_what_is_in_neither_st
     assert run(workspace, 1) == ["m2"]
     assert local(workspace) == ["m3", "m4", "m5"]
 
-    champion.roll_back(workspace, "m1", "it was good")
+    champion.roll_back(workspace, "m1", "it was good", print)
     assert content(workspace.registry / "m1") == before["m1"]
     # What came back is in the cache now, so that the remote is no longer needed.
     shutil.rmtree(remote)
     assert "m1" not in run(workspace, 1), "in service"
-    champion.roll_back(workspace, "m4", "the other one was good, too")
+    champion.roll_back(workspace, "m4", "the other one was good, too", print)
     assert run(workspace, 1) == ["m1"]
-    champion.roll_back(workspace, "m1", "after all")
+    champion.roll_back(workspace, "m1", "after all", print)
     assert content(workspace.registry / "m1") == before["m1"]
