@@ -1,9 +1,11 @@
 """The whole of ``params.yaml`` as one validated thing, and the sections that belong to the flows."""
 
+import asyncio
 import difflib
+from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Literal
-from zoneinfo import available_timezones
+from zoneinfo import ZoneInfo, available_timezones
 
 from pydantic import Field, field_validator
 
@@ -26,8 +28,8 @@ class RetrainParams(JudgeParams):
             without power do not become three retrainings in a row.
         publish: what a night makes known: "commit" sends data to DVC's remote and commits our files to the branch that
             is checked out, "push" pushes that commit as well.
-        keep: how many registered models stay on this machine, besides the one in service and the one before it; older
-            ones are fetched from DVC's cache or remote when they are wanted. null: all.
+        keep: how many registered models stay on this machine, the one in service and the one before it always among
+            them; others are fetched from DVC's cache or remote when they are wanted. null: all.
         notify: whom to tell how a night ended: addresses of apprise, each alone or as ``{to: …, on: [failure]}``.
     """
 
@@ -72,6 +74,16 @@ class ServeParams(Section):
             close = difflib.get_close_matches(name, known, n=1)
             raise ValueError(f"must be an IANA time zone such as '{close[0] if close else 'Europe/Madrid'}'")
         return name
+
+
+def fire_times(params: ServeParams, count: int = 3, start: datetime | None = None) -> list[datetime]:
+    """Return the next ``count`` starts of the nightly run, in its own time zone."""
+    from prefect.server.schemas.schedules import CronSchedule
+
+    zone = ZoneInfo(params.timezone)
+    schedule = CronSchedule(cron=params.cron, timezone=params.timezone)
+    times = asyncio.run(schedule.get_dates(n=count, start=start or datetime.now(zone)))
+    return [time.astimezone(zone) for time in times]
 
 
 def schemas() -> dict[str, type[Section]]:

@@ -119,16 +119,25 @@ def test_a_night_outlives_its_server_and_is_canceled_from_the_ui_with_its_work_s
             run = client.create_flow_run_from_deployment(deployment.id)
             wait(lambda: "from step" in said.read_text())
             line.cut()
-            wait(lambda: "does not answer, waiting for it" in said.read_text())
+            wait(lambda: said.read_text().count("does not answer, waiting for it") == 2)
             time.sleep(5)  # Prefect gives up after three looks in vain
             assert serve.poll() is None
             line.there = True
-            wait(lambda: "answers again" in said.read_text())
+            wait(lambda: said.read_text().count("answers again") == 2)
             assert at_work(tmp_path)
             client.set_flow_run_state(run.id, Cancelling())
             assert wait(lambda: not at_work(tmp_path)) < 10
             wait(lambda: client.read_flow_run(run.id).state.is_cancelled())
-            client.delete_deployment(deployment.id)  # other tests share the server
+            line.cut()  # for the second time, and both of its loops say so
+            wait(lambda: said.read_text().count("does not answer, waiting for it") == 4)
+            client.delete_deployment(deployment.id)  # as a server with a new database, which has none
+            line.there = True
+            wait(lambda: "has lost the schedule: registering it anew" in said.read_text())
+            wait(lambda: said.read_text().count("answers again") == 4)
+            again = client.read_deployment_by_name("retrain/nightly")
+            assert again.id != deployment.id
+            assert [entry.active for entry in again.schedules] == [True]
+            client.delete_deployment(again.id)  # other tests share the server
         finally:
             serve.send_signal(signal.SIGTERM)
     step = int((tmp_path / "checkpoint").read_text())
