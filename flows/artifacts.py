@@ -65,9 +65,9 @@ class Progress:
         self._next = time.monotonic() + (BETWEEN_UPDATES_SECONDS if shown else AFTER_TROUBLE_SECONDS)
 
 
-def show_night(text: str, headline: str, warn: Emit) -> None:
-    """Show a night's summary, in markdown, on the page of its run."""
-    _attempt(lambda: create_markdown_artifact(key="night", markdown=text, description=headline), warn)
+def show(key: str, text: str, headline: str, warn: Emit) -> None:
+    """Show a summary, in markdown, on the page of its run."""
+    _attempt(lambda: create_markdown_artifact(key=key, markdown=text, description=headline), warn)
 
 
 def _attempt(show: Callable[[], object], warn: Emit) -> bool:

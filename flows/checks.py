@@ -13,7 +13,6 @@ from flows.findings import Case, Finding, cache_folder, dvc, existing, fail, ok,
 from flows.notify import faults, last_success
 from flows.reconcile import hopeless_predictions, is_lock_file, leftovers, stale_notes, torn_pointers
 from flows.runs import process_mark, started_after
-from tasks import promote
 from tasks.device import gpu_present
 from tasks.errors import NightlyError
 from tasks.files import read_json
@@ -272,15 +271,14 @@ def _gigabytes(size: int) -> str:
 
 def success(case: Case) -> Finding:
     """When a night ended well for the last time."""
-    times = [datetime.fromisoformat(entry.time) for entry in promote.history(case.workspace.models)]
-    times += [noted] if (noted := last_success(case.workspace)) else []
+    last = last_success(case.workspace)
     remedy = "look at the last run's log in .nightly/logs, and whether 'nightly serve' runs"
     limit = case.max_age_hours
-    if not times:
+    if last is None:
         text = "no night has ended well yet"
         return fail(text, remedy) if limit is not None else warn(text, "nightly retrain")
-    age = datetime.now().astimezone() - max(times)
-    text = f"the last night that ended well was {max(times).astimezone():%Y-%m-%d %H:%M}"
+    age = datetime.now().astimezone() - last
+    text = f"the last night that ended well was {last.astimezone():%Y-%m-%d %H:%M}"
     if limit is not None and age > timedelta(hours=limit):
         return fail(f"{text}, more than {limit:g} h ago", remedy)
     return ok(text)

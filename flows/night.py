@@ -52,6 +52,7 @@ _BADGES = {
     "skipped": "Skipped",
     "interrupted": "Interrupted",
     "failed": "Failed",
+    "killed": "Killed",
 }
 
 
@@ -72,12 +73,16 @@ def tell(workspace: Workspace, night: Night, emit: Emit) -> None:
             night.changes = changes(workspace, night.judgement, night.champion)
         page = workspace.state / "nights" / f"{night.run}.html"
         write_night_page(page, workspace, night, [*earlier, record])
-        with publish_file(page.with_name("latest.html")) as latest:
-            shutil.copyfile(page, latest)
+        if night.state != "skipped":  # that page says less than the one of the night that is at work
+            with publish_file(page.with_name("latest.html")) as latest:
+                shutil.copyfile(page, latest)
         night.page = workspace.shown(page)
     except Exception as error:  # whatever it is, the model is in service and the notification goes out
         emit(f"the page of this night could not be written: {type(error).__name__}: {error}")
-    if not (events := notify.events_of(night.state, earlier)):
+    events = notify.events_of(night.state, earlier)
+    if night.state == "failed" and night.promoted:  # and failed at a later step
+        events.append("promote")
+    if not events:
         return
     try:
         addresses = notify.read_addresses(workspace.params)
@@ -94,6 +99,7 @@ def message(night: Night, recovered: bool) -> tuple[str, str]:
     if recovered:
         title += ", well again after a failure" if night.state == "unchanged" else " after a failure"
     lines = [f"{night.headline[0].upper()}{night.headline[1:]}", f"In service: {night.champion or 'no model yet'}"]
+    lines += [f"Before it: {line}" for line in night.mended]
     if night.predictions:
         lines += [f"Predictions: {night.predictions.note}", *_drift(night)["sentences"]]
     if night.intake and any(vars(night.intake).values()):
@@ -134,11 +140,14 @@ class _Page:
     def values(self) -> dict[str, Any]:
         night = self.night
         judged = night.judgement
+        reasons = list(judged.verdict.reasons) if judged and not night.stopped else [night.reason]
+        if night.stopped and night.promoted:
+            reasons.append(f"before that, {night.champion} was promoted: {'; '.join(judged.verdict.reasons)}")
         return {
             "night": night,
             "badge": _BADGES[night.state],
             "title": self.title,
-            "reasons": judged.verdict.reasons if judged and not night.stopped else [night.reason],
+            "reasons": reasons,
             "next_step": self.next_step(),
             "failed_stage": self.failed_stage,
             "log_tail": self.log_tail(),

@@ -25,10 +25,11 @@ from tasks.errors import NightlyError
 from tasks.params import Section, parse_section, read_params_file
 
 Event = Literal["promote", "hold", "failure", "recovery"]
-State = Literal["promoted", "held", "unchanged", "skipped", "interrupted", "failed"]
+State = Literal["promoted", "held", "unchanged", "skipped", "interrupted", "failed", "killed"]
 
 #: Nights that came to their end. One that was skipped or interrupted says nothing about the next.
 WELL = ("promoted", "held", "unchanged")
+BADLY = ("failed", "killed")
 #: For all notifications of a night together.
 LIMIT_SECONDS = 20.0
 
@@ -230,7 +231,10 @@ class Record:
 
 
 def record_night(workspace: Workspace, run: str, state: State, started: datetime, headline: str) -> Record:
-    """Write down that a night has just ended, with one write, on a line of its own even if a crash tore the last."""
+    """Write down that a night has just ended, or was found to have been killed.
+
+    With one write, on a line of its own even if a crash tore the last.
+    """
     ended = datetime.now(UTC)
     seconds = round((ended - started).total_seconds(), 1)
     times = [moment.astimezone(UTC).isoformat(timespec="seconds") for moment in (started, ended)]
@@ -261,16 +265,19 @@ def nights(workspace: Workspace) -> list[Record]:
 
 
 def last_success(workspace: Workspace) -> datetime | None:
-    """Return when the last night came to its end, in UTC; also one with nothing to do or a model that was held."""
-    ends = [record.ended for record in nights(workspace) if record.state in WELL]
-    return datetime.fromisoformat(ends[-1]) if ends else None
+    """Return when the last night came to its end, in UTC; also one with nothing to do or a model that was held.
+
+    A night of the future was noted by a clock that was ahead, and does not count.
+    """
+    ends = [datetime.fromisoformat(record.ended) for record in nights(workspace) if record.state in WELL]
+    return max((end for end in ends if end <= datetime.now(UTC)), default=None)
 
 
 def events_of(state: State, earlier: Sequence[Record]) -> list[Event]:
     """Return what there is to tell of a night that ended in ``state`` after the ``earlier`` ones."""
-    decided = [record.state for record in earlier if record.state == "failed" or record.state in WELL]
+    decided = [record.state for record in earlier if record.state in (*BADLY, *WELL)]
     told: dict[State, list[Event]] = {"promoted": ["promote"], "held": ["hold"], "failed": ["failure"]}
-    recovered: list[Event] = ["recovery"] if decided[-1:] == ["failed"] and state in WELL else []
+    recovered: list[Event] = ["recovery"] if decided and decided[-1] in BADLY and state in WELL else []
     return told.get(state, []) + recovered
 
 

@@ -16,6 +16,7 @@ from prefect.states import Completed, State
 
 from flows import child
 from flows.console import shorten_expected_errors
+from flows.runs import recorded
 from flows.summary import Predictions
 from flows.workspace import Workspace, find_workspace
 from tasks.errors import NightlyError
@@ -43,6 +44,7 @@ def classify(
     out: str | None = None,
     params: Path | None = None,
     fresh: bool = False,
+    grace_seconds: float = 20.0,
 ) -> Predictions:
     """Classify ``source`` in a process of its own, so that its memory is given back.
 
@@ -63,6 +65,7 @@ def classify(
         log=workspace.state / "logs" / run / "predict.log",
         emit=get_run_logger().info,
         limit_seconds=limit_hours * 3600 if limit_hours else None,
+        grace_seconds=grace_seconds,
     )
     return outcome(workspace, str(source), out)
 
@@ -151,26 +154,27 @@ def predict(
     elif not is_remote(out):
         out = str(workspace.root / out)
     model = workspace.root / model if model else champion_path(workspace.models)
-    if on == "process":
-        if address or workers:
-            raise NightlyError("'address' and 'workers' are for on='threads', 'dask' or 'ray', but on is 'process'")
-        return classify(
-            workspace, run, place, model, out=out, params=with_options(workspace, run, options), fresh=fresh
-        )
+    with recorded(workspace):
+        if on == "process":
+            if address or workers:
+                raise NightlyError("'address' and 'workers' are for on='threads', 'dask' or 'ray', but on is 'process'")
+            return classify(
+                workspace, run, place, model, out=out, params=with_options(workspace, run, options), fresh=fresh
+            )
 
-    from flows import runners
-    from tasks.outcome import PredictParams
-    from tasks.predict import predict as classify_all
+        from flows import runners
+        from tasks.outcome import PredictParams
+        from tasks.predict import predict as classify_all
 
-    runners.require(on, address, workers)
-    values = read_params_file(workspace.params).get("predict") or {}
-    params = parse_section(values | (options or {}), "predict", PredictParams, workspace.params)
-    compute = partial(runners.run_shards, on, address, workers)
-    summary = classify_all(place, out, model, params, fresh=fresh, compute=compute)
-    done = outcome(workspace, place, out)
-    for line in (done.note, *(summary.drift or {}).get("sentences", [])):
-        get_run_logger().info(line)
-    return done
+        runners.require(on, address, workers)
+        values = read_params_file(workspace.params).get("predict") or {}
+        params = parse_section(values | (options or {}), "predict", PredictParams, workspace.params)
+        compute = partial(runners.run_shards, on, address, workers)
+        summary = classify_all(place, out, model, params, fresh=fresh, compute=compute)
+        done = outcome(workspace, place, out)
+        for line in (done.note, *(summary.drift or {}).get("sentences", [])):
+            get_run_logger().info(line)
+        return done
 
 
 def with_options(workspace: Workspace, run: str, options: dict[str, Any] | None) -> Path:

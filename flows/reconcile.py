@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from flows import stages
+from flows.notify import record_night
 from flows.runs import Run, process_mark, recorded_runs, runs_folder, started_after
 from flows.workspace import Workspace
 from tasks.errors import NightlyError, describe
@@ -251,9 +252,17 @@ def mended_runs(workspace: Workspace) -> Iterator[str]:
                             yield f"run '{known.name}' was {known.state.name} and is now Crashed: {reason}"
                         elif tasks:
                             yield f"run '{known.name}' is {known.state.name}, now with all of its tasks: {reason}"
+                if run.night and not run.ended and run.fate() == "dead":
+                    note_killed(workspace, run)
                 file.unlink(missing_ok=True)
     except httpx.HTTPError as error:
         yield f"runs of dead processes were not looked for: {' '.join(str(error).split()) or type(error).__name__}"
+
+
+def note_killed(workspace: Workspace, run: Run) -> None:
+    """Write down a night that could not do so itself; whoever is told of the next one hears of a recovery."""
+    reason = f"killed: process {run.pid} on {run.host} ended without a word"
+    record_night(workspace, run.night, "killed", datetime.fromisoformat(run.since), reason)
 
 
 def is_at_work(state: Any) -> bool:

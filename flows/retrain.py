@@ -12,7 +12,8 @@ from prefect.context import FlowRunContext
 from prefect.states import Completed, Crashed, State
 
 from flows import artifacts, inbox, stages
-from flows.champion import Judgement, carry_out, judge_exported
+from flows.champion import Judgement, carry_out, judge_exported, require_known_classes
+from flows.child import StageFailed
 from flows.console import shorten_expected_errors
 from flows.night import tell
 from flows.notify import WELL, nights
@@ -21,12 +22,12 @@ from flows.prune import prune
 from flows.publish import Published, publish
 from flows.reconcile import reconcile
 from flows.runs import recorded
-from flows.settings import RetrainParams, read_settings
+from flows.settings import RetrainParams, fire_times, read_settings
 from flows.stages import Outcome
 from flows.summary import Night, Predictions, StageRun, duration, markdown
 from flows.workspace import Busy, Workspace, find_workspace, locked
 from tasks.errors import Interrupted, NightlyError, describe
-from tasks.inbox import Intake, is_waiting
+from tasks.inbox import Intake
 from tasks.promote import champion_id
 
 shorten_expected_errors()
@@ -49,6 +50,10 @@ class Tonight:
         return self.workspace.state / "logs" / self.run
 
     @property
+    def limit_seconds(self) -> float:
+        return self.rules.stage_time_limit_hours * 3600
+
+    @property
     def patience_seconds(self) -> float:
         return self.rules.dvc_patience_minutes * 60
 
@@ -65,7 +70,7 @@ def retrain(predict: Path | None = None, force: bool = False) -> Night:
     night = Night(run=run_id())
     try:
         # The record is the first thing, so that a run that is killed at any later moment can be proven dead.
-        with recorded(workspace):
+        with recorded(workspace, night.run):
             refuse_lateness(workspace)
             with locked(workspace, "nightly retrain"):
                 refuse_repetition(workspace)
@@ -73,6 +78,7 @@ def retrain(predict: Path | None = None, force: bool = False) -> Night:
     except (Busy, TooLate) as reason:
         logger.info("skipped: %s", reason, extra={"expected": True})
         night.stopped, night.reason = "skipped", one_line(reason)
+        night.run += "-skipped"  # the night that is in its way may have begun in the same second
         tell(workspace, night, logger.warning)
         return Completed(name="Skipped", message=str(reason))
     except Interrupted as reason:
@@ -97,7 +103,7 @@ def carry_through(workspace: Workspace, night: Night, predict: Path | None, forc
         raise
     finally:
         tell(workspace, night, get_run_logger().warning)
-        artifacts.show_night(markdown(night), night.headline, get_run_logger().warning)
+        artifacts.show("night", markdown(night), night.headline, get_run_logger().warning)
     if night.state == "unchanged" and not night.built:
         return Completed(name="Skipped", message=f"nothing new: {night.headline}", data=night)
     return night
@@ -106,11 +112,10 @@ def carry_through(workspace: Workspace, night: Night, predict: Path | None, forc
 def work(tonight: Tonight, night: Night, predict: Path | None, force: bool) -> None:
     """Do all that a night consists of, writing down in ``night`` what came of it as soon as it is known."""
     workspace, started = tonight.workspace, time.monotonic()
-    if FlowRunContext.get().flow_run.deployment_id is not None:  # known without asking a server that may be away
-        from flows.serve import fire_times  # which imports this module
-
+    run = FlowRunContext.get().flow_run  # what is known without asking a server that may be away
+    if run.deployment_id is not None and run.work_pool_name is None:  # a worker's schedule is that of prefect.yaml
         night.next_run = fire_times(read_settings(workspace.params)["serve"])[0]
-    reconcile(workspace, get_run_logger().info)
+    night.mended = reconcile(workspace, get_run_logger().info)
     night.logs = workspace.shown(tonight.logs)
     night.intake = take_in(tonight)
     bring_up_to_date(tonight, force, night.stages)
@@ -118,10 +123,16 @@ def work(tonight: Tonight, night: Night, predict: Path | None, force: bool) -> N
     night.judgement = judge(tonight)
     promote_or_hold(tonight, night.judgement)
     night.champion = champion_id(workspace.models)
-    night.predictions = classify_folder(tonight, predict)
+    failure = None
+    try:
+        night.predictions = classify_folder(tonight, predict)
+    except StageFailed as error:  # of one bad file perhaps, night after night
+        failure = error
     # Last: following the upstream branch may bring other code into the workspace.
     night.published = make_public(tonight, night.headline)
     night.seconds = time.monotonic() - started
+    if failure:
+        raise failure
 
 
 def one_line(error: BaseException) -> str:
@@ -166,23 +177,26 @@ def refuse_repetition(workspace: Workspace) -> None:
         return
     for night in nights(workspace):
         started = datetime.fromisoformat(night.started)
-        if started > due and night.state in (*WELL, "failed"):
+        # One that is still to come was noted by a clock that was ahead.
+        if due < started <= datetime.now(UTC) and night.state in (*WELL, "failed"):
             which = f"the night that started {started:%Y-%m-%d %H:%M} UTC"
             raise TooLate(f"{which} has made up for this run, which was due {due:%Y-%m-%d %H:%M} UTC: {night.headline}")
 
 
 def take_in(tonight: Tonight) -> Intake:
-    """Pack new labelled images out of the inbox into an addition; a task run of its own if there are any."""
-    if not is_waiting(tonight.workspace.root / "data" / "inbox", tonight.workspace.root / "data" / "additions"):
-        return Intake()
-    return take_in_inbox(tonight)
+    """Pack new labeled images out of the inbox into an addition, and see that no addition is missing.
+
+    A task run of its own if there is anything to do.
+    """
+    return take_in_inbox(tonight) if inbox.is_due(tonight.workspace) else Intake()
 
 
 @task(name="inbox", task_run_name="inbox", cache_policy=NO_CACHE, persist_result=False)
 def take_in_inbox(tonight: Tonight) -> Intake:
     """Validate, pack and version what lies in ``data/inbox``."""
-    limit = tonight.rules.stage_time_limit_hours * 3600
-    return inbox.take_in(tonight.workspace, tonight.logs, tonight.patience_seconds, get_run_logger().info, limit)
+    rules, emit = tonight.rules, get_run_logger().info
+    limits = {"limit_seconds": tonight.limit_seconds, "grace_seconds": rules.stop_grace_seconds}
+    return inbox.take_in(tonight.workspace, tonight.logs, tonight.patience_seconds, emit, **limits)
 
 
 def bring_up_to_date(tonight: Tonight, force: bool, runs: list[StageRun]) -> None:
@@ -198,6 +212,8 @@ def bring_up_to_date(tonight: Tonight, force: bool, runs: list[StageRun]) -> Non
         state = stage_task(name, tonight.rules)(tonight, name, force, known_fresh=number < first, return_state=True)
         runs.append(StageRun(name, state.name, state.message or "", time.monotonic() - started))
         state.result()  # raises what the task raised
+        if name == stages.DATA_STAGE:
+            require_known_classes(tonight.workspace)
     if first < len(names) and (changed := stages.stale_stages(root, names, tonight.patience_seconds, logger.info)):
         logger.warning("changed while the run went on, to be rebuilt next time: %s", ", ".join(sorted(changed)))
 
@@ -229,7 +245,7 @@ def run_stage(tonight: Tonight, stage: str, force: bool, known_fresh: bool) -> S
                 stage,
                 log=tonight.logs / f"{stage}.log",
                 emit=emit,
-                limit_seconds=tonight.rules.stage_time_limit_hours * 3600,
+                limit_seconds=tonight.limit_seconds,
                 grace_seconds=tonight.rules.stop_grace_seconds,
                 patience_seconds=tonight.patience_seconds,
                 force=force,
@@ -270,8 +286,9 @@ def classify_folder(tonight: Tonight, chosen: Path | None) -> Predictions:
     if reason := obstacle(tonight.workspace, folder, chosen is not None):
         nothing_to_classify(reason)
         return Predictions(note=reason)
-    limit = tonight.rules.stage_time_limit_hours
-    return classify(tonight.workspace, tonight.run, folder, limit_hours=limit)
+    rules = tonight.rules
+    limits = {"limit_hours": rules.stage_time_limit_hours, "grace_seconds": rules.stop_grace_seconds}
+    return classify(tonight.workspace, tonight.run, folder, **limits)
 
 
 def make_public(tonight: Tonight, headline: str) -> Published:
@@ -287,7 +304,7 @@ def publish_results(tonight: Tonight, headline: str) -> Published:
     logger = get_run_logger()
     common = {
         "emit": logger.info,
-        "limit_seconds": tonight.rules.stage_time_limit_hours * 3600,
+        "limit_seconds": tonight.limit_seconds,
         "patience_seconds": tonight.patience_seconds,
     }
     published = publish(

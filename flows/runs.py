@@ -27,6 +27,7 @@ class Run:
 
     Attributes:
         id: the flow run's, on the server.
+        night: the name of a retraining's folders and page; "" for other flows.
         mark: tells the process from a later one of the same number, see ``process_mark``.
         host: the machine's name; ``boot`` tells its restarts apart, ``space`` its containers.
         ended: when it ended in order, ISO 8601; None if it never did, or is still at work.
@@ -41,6 +42,7 @@ class Run:
     space: str
     since: str
     ended: str | None = None
+    night: str = ""
 
     def fate(self) -> Fate:
         """Tell what has become of the process, as far as that can be known from here."""
@@ -55,7 +57,7 @@ class Run:
 
 
 @contextmanager
-def recorded(workspace: Workspace) -> Iterator[None]:
+def recorded(workspace: Workspace, night: str = "") -> Iterator[None]:
     """Note which process the present flow run is, and in the end that it ended in order, however that was.
 
     Of a run that is killed before, nobody will know that it is dead: this is the first thing that it does.
@@ -63,7 +65,7 @@ def recorded(workspace: Workspace) -> Iterator[None]:
     import prefect.runtime
 
     run_id, name, pid = str(prefect.runtime.flow_run.id), prefect.runtime.flow_run.name, os.getpid()
-    run = Run(run_id, name or "", pid, process_mark(pid), *_here(), since=now())
+    run = Run(run_id, name or "", pid, process_mark(pid), *_here(), since=now(), night=night)
     file = runs_folder(workspace) / f"{run_id}.json"
     write_json(file, asdict(run))
     try:

@@ -8,16 +8,17 @@ from datetime import datetime
 from pathlib import Path
 
 from prefect import flow, get_run_logger, task
-from prefect.artifacts import create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
 from prefect.futures import PrefectFuture
 from prefect.states import Completed, State
 from prefect.task_runners import ThreadPoolTaskRunner
 
-from flows import child, stages
+from flows import artifacts, child, stages
 from flows.console import shorten_expected_errors
 from flows.predict import run_id
+from flows.reconcile import reconcile
 from flows.retrain import Tonight, interrupted, stage_task
+from flows.runs import recorded
 from flows.settings import read_settings
 from flows.workspace import Workspace, find_workspace, locked
 from tasks.errors import Interrupted, NightlyError
@@ -25,9 +26,6 @@ from tasks.files import write_text
 from tasks.study import StudyParams, Trial, result, trials
 
 shorten_expected_errors()
-
-#: The last stage of DVC's graph that the study needs.
-_DATA = "prepare"
 
 
 @dataclass(frozen=True)
@@ -64,7 +62,8 @@ def study() -> Studied:
     workspace = find_workspace()
     try:
         # All along: a retraining would take the processor away, and the data.
-        with locked(workspace, "nightly study"):
+        with recorded(workspace), locked(workspace, "nightly study"):
+            reconcile(workspace, get_run_logger().info)
             return carry_out(workspace)
     except Interrupted as reason:
         get_run_logger().info("interrupted: %s", reason, extra={"expected": True})
@@ -97,7 +96,7 @@ def carry_out(workspace: Workspace) -> Studied:
 def bring_data_up_to_date(now: Tonight) -> None:
     """Run the stages up to prepare where they are out of date."""
     names = stages.stage_names(now.workspace.root)
-    for name in names[: names.index(_DATA) + 1]:
+    for name in names[: names.index(stages.DATA_STAGE) + 1]:
         state = stage_task(name, now.rules)(now, name, False, known_fresh=False, return_state=True)
         state.result()
 
@@ -172,5 +171,5 @@ def report(now: Study, done: list[dict], trained: str) -> Studied:
 
     folder = results_folder(now.workspace) / "report"
     summary = write_report(done, folder)
-    create_markdown_artifact(key="study", markdown=summary.markdown, description=summary.headline)
+    artifacts.show("study", summary.markdown, summary.headline, get_run_logger().warning)
     return Studied(summary.headline, trained, folder / "report.html")

@@ -52,6 +52,7 @@ class Night:
         judgement: None until there is one, as all that a night may end before.
         champion: id of the model in service, at the end.
         stopped: how it ended if not with a verdict, and ``reason`` why, in one line.
+        mended: what killed runs had left and was put right at the start, a line each.
         next_run: None if none is planned.
         changes: see ``flows.changes.changes``.
         page: the HTML page about it.
@@ -68,6 +69,7 @@ class Night:
     started: datetime = field(default_factory=lambda: datetime.now().astimezone())
     stopped: State | None = None
     reason: str = ""
+    mended: list[str] = field(default_factory=list)
     intake: "Intake | None" = None
     published: "Published | None" = None
     next_run: datetime | None = None
@@ -84,6 +86,14 @@ class Night:
         met = self.judgement.champion
         same = met is not None and met["model_id"] == self.judgement.challenger["model_id"]
         return "unchanged" if same or not self.built else "held"
+
+    @property
+    def promoted(self) -> bool:
+        """Whether the challenger is in service, however the night went on."""
+        judged = self.judgement
+        return (
+            judged is not None and judged.verdict.action == "promote" and self.champion == judged.challenger["model_id"]
+        )
 
     @property
     def built(self) -> bool:
@@ -166,7 +176,8 @@ def _figures(judgement: Judgement) -> list[str]:
 def _told(night: Night) -> list[str]:
     """Return what came in, what changed, what was published and when the next run is, a paragraph each."""
     came = night.intake is not None and any(vars(night.intake).values())
-    told = [("Inbox", " ".join(night.intake.sentences()))] if came else []
+    told = [("Before it", "; ".join(night.mended))] if night.mended else []
+    told += [("Inbox", " ".join(night.intake.sentences()))] if came else []
     if night.changes:
         changes = [
             f"{change.key} {change.before or 'default'} → {change.after or 'default'}"

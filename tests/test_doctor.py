@@ -399,18 +399,28 @@ def test_an_s3_remote_is_asked_itself(workspace, monkeypatch):
     assert "bucket does not exist" in found["nowhere"].text
 
 
-def test_the_last_success_is_a_night_or_a_decision(workspace):
+def test_the_last_success_is_that_of_a_night_and_no_persons_decision(workspace):
     assert look("last success", workspace, 36).state == "ok"
     grow_old(workspace)
     assert look("last success", workspace).state == "ok"
     assert look("last success", workspace, 36).state == "fail"
     records.record_night(workspace, "x", "failed", datetime.now(UTC), "failed")
     assert look("last success", workspace, 36).state == "fail"
+    promote.rollback(workspace.models, "aaa", "the nights fail, but this one is good")
+    assert look("last success", workspace, 36).state == "fail"
     records.record_night(workspace, "y", "unchanged", datetime.now(UTC), "nothing new")
     assert look("last success", workspace, 36).state == "ok"
     (workspace.state / "nights.jsonl").unlink()
-    (workspace.models / "ledger.jsonl").unlink()
     assert look("last success", workspace).state == "warn"
+    assert look("last success", workspace, 36).state == "fail"
+
+
+def test_a_night_that_a_wrong_clock_put_in_the_future_is_no_success(workspace):
+    grow_old(workspace)
+    ahead = {"run": "x", "state": "promoted", "seconds": 1.0, "headline": "promoted"}
+    ahead |= {name: (datetime.now(UTC) + timedelta(days=400)).isoformat() for name in ("started", "ended")}
+    with (workspace.state / "nights.jsonl").open("a") as file:
+        file.write(json.dumps(ahead) + "\n")
     assert look("last success", workspace, 36).state == "fail"
 
 

@@ -1,6 +1,7 @@
 """The flows on a real Prefect server, with a miniature of the pipeline in place of the real stages."""
 
 import importlib
+import json
 import os
 import re
 import signal
@@ -136,6 +137,72 @@ def test_a_failing_stage_fails_the_run_in_its_own_words_and_nothing_is_promoted(
     [log] = workspace.root.glob(".nightly/logs/*/train.log")
     assert log.read_text().count("epoch 1") == 1  # a training that failed is not tried again
     assert registry.champion_id(workspace.root / "models") is None
+
+
+def test_additions_that_are_missing_or_unknown_to_dvc_are_put_right_with_an_empty_inbox(workspace):
+    additions = workspace.root / "data" / "additions"
+    additions.mkdir()
+    (additions / "a.tar").write_bytes(b"images")
+    retrain(task_count=7)
+    assert (additions / "a.tar.dvc").is_file()  # as after a kill between the two
+    (additions / "a.tar").unlink()  # as after a pull of git alone
+    _, tasks = retrain(task_count=7)
+    assert tasks[0] == ("inbox", "Completed")
+    assert (additions / "a.tar").read_bytes() == b"images"
+    _, tasks = retrain(task_count=6)
+    assert tasks[0] == ("download", "Cached")
+
+
+def test_a_training_on_other_classes_than_the_champions_is_refused_unless_it_is_meant(workspace):
+    def prepared(*names):
+        (workspace.root / "data" / "prepared").mkdir(exist_ok=True)
+        (workspace.root / "data" / "prepared" / "classes.json").write_text(json.dumps(names))
+        (workspace.root / "source.txt").write_text(f"{names}")
+        workspace.set(id="-".join(names), classes=list(names))
+        return retrain(task_count=1)[0]
+
+    graph = workspace.root / "dvc.yaml"
+    graph.write_text(graph.read_text().replace("download:", "prepare:").replace("work.py download", "work.py download"))
+    assert prepared("a", "b").result().champion == "a-b"
+    state = prepared("a")
+    assert state.is_failed()
+    assert state.message.endswith("anything")
+    with pytest.raises(NightlyError, match="the classes are not those of the model in service, a-b: b gone"):
+        state.result()
+    with pytest.raises(NightlyError, match="a-b: c new"):
+        prepared("a", "b", "c").result()
+    params = workspace.root / "params.yaml"
+    params.write_text(params.read_text() + "inbox: {classes: grow}\n")
+    assert prepared("a", "b", "c").result().judgement.verdict.action == "hold"
+    with pytest.raises(NightlyError, match="a-b: b gone; d new"):
+        prepared("a", "d").result()
+    params.write_text(params.read_text() + "prepare: {expected_classes: [a, d]}\n")
+    assert prepared("a", "d").result().judgement.verdict.action == "hold"
+    params.write_text("retrain: {}\n")
+    assert prepared("lion", "cat").result().judgement.verdict.action == "hold"  # another task altogether
+
+
+def test_a_prediction_that_fails_keeps_nothing_from_being_published_and_the_promotion_is_told(workspace, monkeypatch):
+    told = []
+    monkeypatch.setattr("flows.notify.notify", lambda addresses, events, title, body: told.append(set(events)) or [])
+    workspace.incoming("a.png")
+    params = workspace.root / "params.yaml"
+    params.write_text("retrain: {publish: commit}\n")
+    (workspace.root / "tasks" / "predict.py").write_text("import sys\nsys.exit('error: 1 of 1 files failed')\n")
+    git = ["git", "-C", str(workspace.root), "-c", "user.name=Ada", "-c", "user.email=ada@example.org"]
+    subprocess.run([*git, "add", "."], check=True)
+    subprocess.run([*git, "commit", "--quiet", "--message", "start"], check=True)
+    storage = [sys.executable, "-m", "dvc", "remote", "add", "--default", "storage", "../storage"]
+    subprocess.run(storage, cwd=workspace.root, check=True, capture_output=True)
+    state, _ = retrain(task_count=7)
+    assert state.is_failed()
+    with pytest.raises(StageFailed, match="1 of 1 files failed"):
+        state.result()
+    assert told == [{"failure", "promote"}]
+    log = subprocess.run([*git, "log", "--format=%s"], check=True, capture_output=True, text=True).stdout
+    assert log.startswith("nightly: promoted: the first model")
+    page = (workspace.root / ".nightly" / "nights" / "latest.html").read_text()
+    assert "before that, m1 was promoted" in page
 
 
 def test_an_interrupted_training_is_no_failure_and_goes_on_with_the_next_run(workspace):
@@ -388,7 +455,7 @@ def test_the_server_makes_runs_out_of_the_schedule(workspace):
 
 
 def test_the_hour_stays_the_same_when_the_clocks_change():
-    from flows.serve import fire_times
+    from flows.settings import fire_times
 
     params = ServeParams(cron="0 2 * * *", timezone="Europe/Madrid")
     # The night of 29 March 2026 has no 2:00 in Madrid.
