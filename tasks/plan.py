@@ -33,6 +33,8 @@ PLAN, FILES, PARTS = "plan/plan.json", "plan/files.parquet", "predictions.parque
 SUMMARY = "summary.json"
 #: Statuses of which another look may make something else, although the file is as it was.
 _TRANSIENT = {Status.UNREADABLE, Status.VANISHED}
+#: What of a plan's identity is asked, not answered.
+_QUESTION = ("source", "include", "exclude", "top-k")
 #: Results that nobody named.
 _BY_TIME = re.compile(r"\d{8}-\d{6}")
 _FILES_SCHEMA = pa.schema([("path", pa.binary()), ("size", pa.int64()), ("mtime_ns", pa.int64())])
@@ -139,26 +141,59 @@ def read_plan(store: Store) -> Plan | None:
 def adopt(store: Store, out: str, identity: dict[str, Any], listing: Listing) -> Plan | None:
     """Take over the plan and parts of a complete result of the same run on the same, unchanged files.
 
-    That is ``out`` itself or, where that is named by its time as those of the nights are, such a one beside it. Parts
-    with files that could not be read are left behind: permissions and disks are mended without a trace in the listing.
+    That is ``out`` itself or, where that is named by its time as those of the nights are, such a one beside it, be it
+    that a kill left it unfinished. Parts with files that could not be read are left behind: permissions and disks are
+    mended without a trace in the listing.
 
     Returns:
-        The plan, with the parts in ``store``; None if the result is of something else or there is none.
+        The plan, with the parts in ``store``; None if all results are of something else or there is none.
     """
     if not isinstance(store, LocalStore):
         return None
     here, listed = Path(out).absolute(), digest(listing)
-    plans = here.parent.glob(f"[0-9]*-[0-9]*/{PLAN}") if _BY_TIME.fullmatch(here.name) else ()
-    beside = sorted((path.parents[1] for path in plans), reverse=True)
-    for result in map(LocalStore, (here, *beside)):
+
+    def serves(result: LocalStore) -> Plan | None:
         found = read_plan(result)
-        if found and found.identity == identity and found.listing == listed and not missing_shards(result, found):
-            break
-    else:
-        return None
+        return found if found and found.identity == identity and found.listing == listed else None
+
+    for result in map(LocalStore, (here, *_beside(here, "[0-9]*-[0-9]*"))):
+        if (found := serves(result)) and not missing_shards(result, found):
+            return _copy(result, found, store)
+    for result in abandoned(here):
+        with contextlib.suppress(NightlyError), result.locked():
+            if found := serves(result):
+                return _copy(result, found, store)
+    return None
+
+
+def abandoned(out: Path) -> list[LocalStore]:
+    """Return the unfinished results beside ``out``, newest first, if all of them are named by their time."""
+    own = out.with_name(f".{out.name}.unfinished")
+    return [LocalStore(folder) for folder in _beside(out, ".[0-9]*-[0-9]*.unfinished") if folder != own]
+
+
+def remove_superseded(out: str, identity: dict[str, Any]) -> None:
+    """Remove what killed runs left of a result like ``out``, which is complete, whatever its model and threshold."""
+
+    def same(plan: Plan | None) -> bool:
+        return plan is not None and all(plan.identity.get(name) == identity[name] for name in _QUESTION)
+
+    for result in abandoned(Path(out).absolute()):
+        if same(read_plan(result)):
+            with contextlib.suppress(NightlyError), result.locked():  # nobody is at work on it
+                result.clear()
+
+
+def _beside(here: Path, pattern: str) -> list[Path]:
+    """Return the results beside one that is named by its time, newest first."""
+    plans = here.parent.glob(f"{pattern}/{PLAN}") if _BY_TIME.fullmatch(here.name) else ()
+    return sorted((path.parents[1] for path in plans), reverse=True)
+
+
+def _copy(result: LocalStore, plan: Plan, store: LocalStore) -> Plan | None:
     store.clear()
-    parts = [f"{PARTS}/{part_name(shard)}" for shard in range(found.shards)]
-    final = [name for name in parts if not _TRANSIENT & _statuses(result.folder / name)]
+    parts = [f"{PARTS}/{part_name(shard)}" for shard in range(plan.shards)]
+    final = [name for name in parts if result.exists(name) and not _TRANSIENT & _statuses(result.folder / name)]
     # The plan comes last, since it vouches for the rest.
     for name in (*final, FILES, PLAN):
         with (result.folder / name).open("rb") as old, store.writing(name) as new:
