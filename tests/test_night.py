@@ -19,8 +19,9 @@ from tasks.bundle import load_bundle
 from tasks.files import read_json, write_json
 from tasks.inbox import Intake
 from tasks.judge import Verdict
+from tests.browser import Page
 from tests.miniature import export
-from tests.test_report import HOSTILE, Page
+from tests.test_report import HOSTILE
 
 # One of apprise's plugins, which all are loaded with the first address.
 pytestmark = pytest.mark.filterwarnings("ignore:'imghdr' is deprecated:DeprecationWarning")

@@ -1,5 +1,4 @@
 import hashlib
-import html.parser
 import io
 import re
 from base64 import b64decode, b64encode
@@ -17,6 +16,7 @@ from tasks.metrics import calibration_bins
 from tasks.pages import thumbnail, thumbnail_edge
 from tasks.report import Picture, ReportData, render_report
 from tasks.rival import Rival
+from tests.browser import Page
 
 LIMIT_BYTES = 3_000_000
 HISTORY = pd.DataFrame(
@@ -105,40 +105,6 @@ def report_data(
         "reference": "keras-float32",
     }
     return ReportData(**{**values, **changes})
-
-
-VOID = {"meta", "img", "br"}
-
-
-class Page(html.parser.HTMLParser):
-    """What a browser would make of a page: elements with attributes, text, and the figures in ``<data>`` elements."""
-
-    def __init__(self, text):
-        super().__init__()
-        self.elements, self.shown, self.text, self._open = [], [], "", []
-        self.feed(text)
-        assert not self._open, f"never closed: {self._open}"
-        self.figures = {name: (value, text) for name, value, text in self.shown}
-
-    def handle_starttag(self, tag, attrs):
-        self.elements.append((tag, dict(attrs)))
-        if tag not in VOID:
-            self._open.append(tag)
-        if "data-metric" in dict(attrs):
-            self.shown.append([dict(attrs)["data-metric"], dict(attrs)["value"], ""])
-
-    def handle_startendtag(self, tag, attrs):
-        self.elements.append((tag, dict(attrs)))
-
-    def handle_endtag(self, tag):
-        if tag not in VOID:
-            assert self._open.pop() == tag
-
-    def handle_data(self, data):
-        if not {"style", "script"} & {*self._open}:
-            self.text += data
-        if "data" in self._open:
-            self.shown[-1][2] += data
 
 
 RIVAL_METRICS = {"accuracy": 0.7, "top1_error": 0.3, "log_loss": 0.987, "per_class": {}}
