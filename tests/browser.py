@@ -3,6 +3,8 @@
 import html.parser
 import shutil
 import subprocess
+from base64 import b64encode
+from hashlib import sha256
 from pathlib import Path
 
 #: The first browser found, for ``pytest.mark.parametrize``; empty where there is none.
@@ -58,3 +60,11 @@ def opened(browser: str, file: Path, fragment: str = "") -> str:
     options += [f"--user-data-dir={file.parent / 'profile'}", "--virtual-time-budget=20000", "--dump-dom"]
     command = [browser, *options, f"{file.as_uri()}#{fragment}"]
     return subprocess.run(command, check=True, capture_output=True, text=True, timeout=120).stdout
+
+
+def with_script(text: str, code: str) -> str:
+    """Return a page that runs ``code`` after its own script; its policy allows both and nothing else."""
+    digest = b64encode(sha256(code.encode()).digest()).decode()
+    assert text.count("script-src ") == 1
+    allowed = text.replace("script-src ", f"script-src 'sha256-{digest}' ")
+    return allowed.replace("</body>", f"<script>{code}</script></body>")

@@ -16,7 +16,7 @@ from tasks.metrics import calibration_bins
 from tasks.pages import thumbnail, thumbnail_edge
 from tasks.report import Picture, ReportData, render_report
 from tasks.rival import Rival
-from tests.browser import Page
+from tests.browser import BROWSERS, Page, opened, with_script
 
 LIMIT_BYTES = 3_000_000
 HISTORY = pd.DataFrame(
@@ -374,6 +374,57 @@ def test_thumbnails_keep_small_pictures_exactly_and_shrink_large_ones():
         np.testing.assert_array_equal(back, source if shape == source.shape else 0)
     assert thumbnail_edge(1) == 112
     assert thumbnail_edge(1000) ** 2 * 1000 <= 300_000
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("browser", BROWSERS)
+class TestInABrowser:
+    """What the script makes of the page, where there is a browser to run it."""
+
+    __test__ = bool(BROWSERS)
+
+    def panels_shown(self, browser, folder, do="", fragment=""):
+        """Return the ids of the panels that one sees, and of the links that are said to be open."""
+        tell = 'for (const p of document.querySelectorAll(".panel")) p.dataset.shown = getComputedStyle(p).display;'
+        text = render_report(report_data(["a", "b", "c"], count=29))
+        (folder / "report.html").write_text(with_script(text, do + tell), encoding="utf-8")
+        page = Page(opened(browser, folder / "report.html", fragment))
+        panels = [attributes for attributes in page.of("div") if "data-shown" in attributes]
+        assert len(panels) > 3
+        expanded = {link["href"] for link in page.of("a") if link.get("aria-expanded") == "true"}
+        return [panel["id"] for panel in panels if panel["data-shown"] != "none"], expanded
+
+    def test_the_address_of_a_cell_opens_its_panel_and_no_other(self, browser, tmp_path):
+        assert self.panels_shown(browser, tmp_path) == ([], set())
+        assert self.panels_shown(browser, tmp_path, fragment="cell-1-0") == (["cell-1-0"], {"#cell-1-0"})
+
+    def test_a_cell_opens_its_panel_closes_the_others_and_closes_it_again(self, browser, tmp_path):
+        click = "document.querySelector(\"a[href='#cell-0-0']\").click();"
+        assert self.panels_shown(browser, tmp_path, click, "cell-1-0") == (["cell-0-0"], {"#cell-0-0"})
+        assert self.panels_shown(browser, tmp_path, click * 2, "cell-1-0") == ([], set())
+        assert self.panels_shown(browser, tmp_path, "document.querySelector('.back').click();", "cell-1-0")[0] == []
+
+    @pytest.mark.parametrize(
+        ("columns", "key", "order"),
+        [
+            ([1], "images", "descending"),
+            ([1, 1], "images", "ascending"),
+            ([3], "recall", "descending"),
+            ([1, 0], "", ""),
+        ],
+    )
+    def test_a_table_is_sorted_by_the_column_that_is_clicked(self, browser, tmp_path, columns, key, order):
+        data = report_data(["b", "c", "a"], count=3_000, quality=0.5)
+        scores, expected = data.metrics["per_class"], data.classes
+        assert min(score["images"] for score in scores.values()) < 1000 < max(s["images"] for s in scores.values())
+        heads = 'document.querySelectorAll("#classes thead th")'
+        clicks = "".join(f"{heads}[{column}].click();" for column in columns)
+        (tmp_path / "report.html").write_text(with_script(render_report(data), clicks), encoding="utf-8")
+        table = opened(browser, tmp_path / "report.html").partition('id="classes"')[2].partition("</tbody>")[0]
+        if key:
+            expected = sorted(expected, key=lambda name: scores[name][key], reverse=order == "descending")
+        assert re.findall(r'<th scope="row"><bdi>(\w)</bdi>', table) == expected
+        assert re.findall(r'aria-sort="(\w+)"', table) == ([order] if order else [])
 
 
 def card(names, size=8, samples=10):
