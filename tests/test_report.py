@@ -217,7 +217,7 @@ def test_the_commonest_confusions_come_first_with_their_share_of_the_class():
     assert cells == [["b", "a", "5", "50.0%"], ["a", "b", "2", "20.0%"], ["b", "c", "1", "10.0%"]]
 
 
-@pytest.mark.parametrize(("classes", "size"), [(10, 32), (30, 64), (100, 64)])
+@pytest.mark.parametrize(("classes", "size"), [(10, 32), (30, 64), (100, 64), (1000, 64)])
 def test_the_report_of_ten_thousand_images_is_light(classes, size):
     data = report_data([f"class {i}" for i in range(classes)], count=10_000, size=size, pictures=64)
     assert len(data.mistakes) == len(data.hits) == 64
