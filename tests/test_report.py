@@ -324,6 +324,27 @@ def test_ticks_are_round_and_cover_the_range():
     assert charts.ticks(0, 0)[-1] > 0
 
 
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [
+        (0, "0"),
+        (0.5, "0.5"),
+        (999, "999"),
+        (1_000, "1k"),
+        (12_345, "12.3k"),
+        (999_499, "999k"),
+        (999_600, "1M"),
+        (40_551_040, "40.6M"),
+        (999_500_000, "1G"),
+        (1_196_163_072, "1.2G"),
+        (19_628_048_384, "19.6G"),
+        (2e12, "2T"),
+    ],
+)
+def test_a_count_is_written_in_the_unit_that_its_rounded_value_has(count, text):
+    assert charts.compact(count) == text
+
+
 def test_a_line_has_gaps_where_values_are_missing_and_one_value_is_a_dot():
     gap = charts.line_chart([charts.Series("a", [(1, 1.0), (2, float("nan")), (3, 2.0), (4, 1.0)], "ink")], "x")
     assert re.search(r'd="M[\d.]+ [\d.]+M[\d.]+ [\d.]+L[\d.]+ [\d.]+"', gap)
