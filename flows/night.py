@@ -28,7 +28,7 @@ from flows.workspace import Workspace
 from tasks import charts, pages
 from tasks.errors import NightlyError, describe
 from tasks.files import publish_file, read_json, write_text
-from tasks.judge import LEVEL, chance_words, images_words
+from tasks.judge import LEVEL, chance_words, hollow_figures, images_words
 from tasks.registry import champion_id
 
 #: Beyond this a list is cut, and the page says so.
@@ -234,7 +234,9 @@ class _Page:
             return []
         rows = []
         for key, label, share, more_is_better in _FIGURES:
-            new, old = judged.challenger.get(key), self.met.get(key) if self.met else None
+            new, old = (
+                None if key in hollow_figures(side) else side.get(key) for side in (judged.challenger, self.met or {})
+            )
             if new is None and old is None:
                 continue
             change = round(new - old, 9) if new is not None and old is not None else None

@@ -97,6 +97,11 @@ def read_evaluation(evaluation: Path, offered: tuple[str, ...] = ()) -> Evaluate
     return Evaluated(metrics, table["target"].to_numpy(), table["correct"].to_numpy(), offered)
 
 
+def hollow_figures(metrics: Metrics) -> set[str]:
+    """Return the figures that say nothing of the model: its accuracy among the accepted answers, if there are none."""
+    return set() if metrics.get("accepted", 1) else {"accepted_accuracy"}
+
+
 def judge(challenger: Evaluated, champion: Evaluated | None, rules: JudgeParams) -> Verdict:
     """Decide whether ``challenger`` replaces ``champion``, the model in service; None if it would be the first."""
     if champion is not None and champion.id == challenger.id:

@@ -218,6 +218,14 @@ def test_a_model_began_from_the_weights_that_its_training_began_with(
     assert dict(read(render_card(other, evaluated))[0][""])["began from"] == words
 
 
+def test_how_many_of_no_accepted_answers_are_right_is_not_said(bundle, evaluated):
+    tables, text = read(render_card(bundle, {**evaluated, "accepted": 0.0, "accepted_accuracy": 0.0}))
+    names = [name for name, _, _ in tables["figure"]]
+    assert "accepted answers" in names
+    assert "accuracy among them" not in names
+    assert "At the threshold 0.9, 0.00% of the test pictures were accepted." in text
+
+
 def test_what_an_older_evaluation_lacks_is_not_in_the_card(tmp_path):
     exported, evaluation = export(tmp_path, "m1")
     before = (exported / "bundle.json").read_bytes()

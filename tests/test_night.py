@@ -145,6 +145,18 @@ def test_a_promoted_night_shows_both_models_side_by_side(workspace):
     assert "Wednesday, 25 November 2026, 02:00 CET" in page.text
 
 
+def test_how_many_of_no_accepted_images_are_right_is_not_said(workspace):
+    none, some = {"accepted": 0.0, "accepted_accuracy": 0.0}, {"accepted": 0.5, "accepted_accuracy": 0.75}
+    for pair, expected in (
+        ((none, some), "Right among the accepted–75.00%–"),
+        ((none, none), "Accepted0.00%0.00%none"),
+    ):
+        judgement = Judgement(Verdict("hold", ["held"], COMPARISON), {**CHALLENGER, **pair[0]}, {**CHAMPION, **pair[1]})
+        shown = rows_of(told(workspace, a_night(judgement=judgement))[0], "Challenger and champion")
+        assert expected in shown
+        assert ("Right among the accepted" in shown) == (some in pair)
+
+
 def test_what_changed_since_the_champion_was_trained(workspace):
     prepare(workspace, "data-of-aaa", {"a": 10, "b": 10})
     told(workspace, a_night("hold"))  # which puts these counts on record

@@ -254,8 +254,21 @@ def test_the_model_in_service_stands_beside_this_one():
     assert "Beside the model in service" not in Page(render_report(report_data())).text
 
 
+def test_how_many_of_no_accepted_images_are_right_is_not_said():
+    old = {"accepted": 0.5, "accepted_accuracy": 0.75}
+    none, some = (report_data(threshold=threshold, rival=rival(metrics=old)) for threshold in (0.999, 0.5))
+    assert none.metrics["accepted"] == 0
+    page = Page(render_report(none))
+    assert "have a confidence of 99.9% or more\n" in page.text
+    assert "Right among the accepted" not in page.text
+    assert not [name for name in page.figures if "accepted_accuracy" in name]
+    other = report_data(rival=rival(metrics={"accepted": 0.0, "accepted_accuracy": 0.0}))
+    assert "Right among the accepted" not in Page(render_report(other)).text
+    assert "Right among the accepted" in Page(render_report(some)).text
+
+
 def test_a_difference_is_for_the_better_or_the_worse_by_what_the_figure_is():
-    old = {"accuracy": 0.0, "top1_error": 0.0, "log_loss": 99.0, "accepted": 0.0, "accepted_accuracy": 1.0}
+    old = {"accuracy": 0.0, "top1_error": 0.0, "log_loss": 99.0, "accepted": 0.1, "accepted_accuracy": 1.0}
     page = (
         render_report(report_data(rival=rival(metrics=old)))
         .partition('<table class="duel">')[2]
