@@ -232,11 +232,10 @@ class _Page:
         judged = self.night.judgement
         if not judged:
             return []
+        sides = [_telling(judged.challenger), _telling(self.met or {})]
         rows = []
         for key, label, share, more_is_better in _FIGURES:
-            new, old = (
-                None if key in hollow_figures(side) else side.get(key) for side in (judged.challenger, self.met or {})
-            )
+            new, old = (side.get(key) for side in sides)
             if new is None and old is None:
                 continue
             change = round(new - old, 9) if new is not None and old is not None else None
@@ -360,6 +359,12 @@ class _Page:
 def _drift(night: Night) -> dict[str, Any]:
     found = ((night.predictions.facts or {}) if night.predictions else {}).get("drift") or {}
     return {"level": found.get("level", ""), "sentences": found.get("sentences", [])}
+
+
+def _telling(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the figures of a model that say something of it."""
+    hollow = hollow_figures(metrics)
+    return {key: value for key, value in metrics.items() if key not in hollow}
 
 
 def _signed(change: float, share: bool) -> str:

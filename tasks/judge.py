@@ -98,8 +98,15 @@ def read_evaluation(evaluation: Path, offered: tuple[str, ...] = ()) -> Evaluate
 
 
 def hollow_figures(metrics: Metrics) -> set[str]:
-    """Return the figures that say nothing of the model: its accuracy among the accepted answers, if there are none."""
-    return set() if metrics.get("accepted", 1) else {"accepted_accuracy"}
+    """Return the figures that say nothing of the model, because they are the same of any other.
+
+    Those are the accuracy among the accepted answers if there are none, and the top-5 error of five classes or fewer.
+    """
+    same = {
+        "accepted_accuracy": metrics.get("accepted") == 0,
+        "top5_error": 1 <= len(metrics.get("per_class", ())) <= 5,
+    }
+    return {name for name, hollow in same.items() if hollow}
 
 
 def judge(challenger: Evaluated, champion: Evaluated | None, rules: JudgeParams) -> Verdict:

@@ -226,6 +226,13 @@ def test_how_many_of_no_accepted_answers_are_right_is_not_said(bundle, evaluated
     assert "At the threshold 0.9, 0.00% of the test pictures were accepted." in text
 
 
+def test_the_top_5_error_of_five_classes_is_not_in_the_card(bundle, evaluated):
+    for count, there in ((5, False), (6, True)):
+        classes = dict(list(evaluated["per_class"].items())[:count])
+        names = [name for name, *_ in read(render_card(bundle, {**evaluated, "per_class": classes}))[0]["figure"]]
+        assert ("top-5 error" in names) is there
+
+
 def test_what_an_older_evaluation_lacks_is_not_in_the_card(tmp_path):
     exported, evaluation = export(tmp_path, "m1")
     before = (exported / "bundle.json").read_bytes()

@@ -267,6 +267,16 @@ def test_how_many_of_no_accepted_images_are_right_is_not_said():
     assert "Right among the accepted" in Page(render_report(some)).text
 
 
+@pytest.mark.parametrize(("classes", "there"), [(5, False), (6, True)])
+def test_where_top_5_error_is_zero_by_definition_it_has_no_interval_and_is_not_compared(classes, there):
+    metrics = {"top5_error": 0.0, "per_class": dict.fromkeys("abcdef"[:classes])}
+    page = Page(render_report(report_data(list("abcdef"[:classes]), rival=rival(metrics=metrics))))
+    assert ("zero by definition: there are only 5 classes" in page.text) is not there
+    assert "top5_error" in page.figures
+    for name in ("intervals.top5_error.0", "intervals.top5_error.1", "champion.top5_error"):
+        assert (name in page.figures) is there
+
+
 def test_a_difference_is_for_the_better_or_the_worse_by_what_the_figure_is():
     old = {"accuracy": 0.0, "top1_error": 0.0, "log_loss": 99.0, "accepted": 0.1, "accepted_accuracy": 1.0}
     page = (
