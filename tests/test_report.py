@@ -251,6 +251,9 @@ def test_the_model_in_service_stands_beside_this_one():
     assert "McNemar" not in other
     missing = Page(render_report(report_data(rival=rival(metrics={}, comparison=None, obstacle="it is gone")))).text
     assert "its figures were not at hand: it is gone" in missing
+    unknown = Page(render_report(report_data(rival=Rival(None, {}, obstacle="champion.json is damaged")))).text
+    assert "Which model was in service when this was evaluated is not known: champion.json is damaged." in unknown
+    assert "None" not in unknown.partition("Beside the model in service")[2].partition("What it learned from")[0]
     assert "Beside the model in service" not in Page(render_report(report_data())).text
 
 
