@@ -295,6 +295,7 @@ def test_a_temperature_shows_the_diagram_before_and_after_it():
     before, after = (render_report(report_data(temperature=t)) for t in (1.0, 1.3))
     assert before.count('aria-label="Accuracy over confidence') == 1
     assert after.count('aria-label="Accuracy over confidence') == 2
+    assert "on the validation split no temperature improved them." in " ".join(Page(before).text.split())
     data = report_data(temperature=1.3)
     for bins in (data.bins, data.raw_bins):
         fullest = max(bins, key=lambda b: b.images)
