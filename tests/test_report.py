@@ -305,6 +305,7 @@ def test_a_temperature_shows_the_diagram_before_and_after_it():
 def test_the_report_counts_the_data_it_was_trained_on():
     text = render_report(report_data(["a", "b"])).partition('id="data"')[2]
     assert re.search(r"<dt>Left out</dt><dd[^>]*>6</dd>", text)
+    assert "At the time, data/card.html showed samples" in text
     assert "4 truncated, 2 label conflict" in re.sub(r"<[^>]*>", "", text)
     counts = [re.findall(r">([^<\n]+)</(?:bdi|td)>", row) for row in text.partition("<tbody>")[2].split("</tr>")[:2]]
     assert counts == [["a", "5,000", "0", "7"], ["b", "5,001", "0", "7"]]
