@@ -17,6 +17,7 @@ from tasks.errors import NightlyError
 from tasks.params import read_section
 from tasks.study import CODE, STUDIED, StudyParams, code_version, family, identity, recipe, result, trials
 from tasks.study_report import PUBLISHED, make_headline, make_sentences, write_report
+from tests.browser import Page
 from tests.test_graph import closure
 
 SMALL = StudyParams(
@@ -179,20 +180,46 @@ def test_a_killed_training_ends_with_the_numbers_of_one_that_nobody_disturbed(pr
     assert not list((tmp_path / "scratch").glob("*/*.npz"))
 
 
+def vgg_by_hand(convolutions: tuple[int, ...], size: int, classes: int) -> tuple[int, int]:
+    """Return parameters and multiply-adds: stages of 3 × 3 convolutions with biases, each ending with a pooling."""
+    parameters = products = 0
+    channels = 3
+    for filters, count in zip((64, 128, 256, 512, 512), convolutions, strict=True):
+        for _ in range(count):
+            kernel = 3 * 3 * channels * filters
+            parameters, products, channels = parameters + kernel + filters, products + size**2 * kernel, filters
+        size //= 2
+    return parameters + (channels + 1) * classes, products + channels * classes
+
+
 @pytest.mark.slow
-def test_vgg_networks_are_those_of_keras_without_batch_normalization():
+@pytest.mark.parametrize(("name", "convolutions"), [("vgg16", (2, 2, 3, 3, 3)), ("vgg19", (2, 2, 4, 4, 4))])
+def test_vgg_networks_are_those_of_keras_without_batch_normalization(name, convolutions):
     import keras
 
+    from tasks.resnet import multiply_adds
     from tasks.study_run import build_network
 
     normalization = {"mean": [120.0] * 3, "std": [60.0] * 3, "channel_order": "RGB"}
-    network = build_network("vgg16", SMALL, 32, 10, normalization)
-    inside = network.get_layer("vgg16").layers
-    assert sum(isinstance(layer, keras.layers.Conv2D) for layer in inside) == 13
-    assert not any(isinstance(layer, keras.layers.BatchNormalization) for layer in inside)
+    network = build_network(name, SMALL, 32, 10, normalization)
+    layers = network.get_layer(name).layers
+    kernels = [layer.kernel.numpy() for layer in layers if isinstance(layer, keras.layers.Conv2D)]
+    assert len(kernels) == sum(convolutions)
+    assert not any(isinstance(layer, keras.layers.BatchNormalization) for layer in layers)
     assert network.output.shape == (None, 10)
+    parameters = sum(variable.numpy().size for variable in network.trainable_variables)
+    assert (parameters, multiply_adds(network)) == vgg_by_hand(convolutions, 32, 10)
+    # He et al. 2015 (arXiv 1502.01852), with the fan-in; Glorot's would deviate by a factor of about 0.7.
+    deviations = [kernel.std() / (2 / kernel[..., 0].size) ** 0.5 for kernel in kernels]
+    assert deviations == pytest.approx([1] * len(kernels), abs=0.06)
+
+
+@pytest.mark.slow
+def test_vgg_networks_need_images_of_32_px():
+    from tasks.study_run import build_network
+
     with pytest.raises(NightlyError, match=r"vgg16 needs images of 32 px or more, but prepare.decode.size is 8"):
-        build_network("vgg16", SMALL, 8, 10, normalization)
+        build_network("vgg16", SMALL, 8, 10, {})
 
 
 def test_an_interval_beyond_the_training_images_is_refused(prepared, tmp_path):
@@ -246,6 +273,13 @@ DEGRADED = [
 ]
 
 
+def number_in(text: str, percent: bool) -> tuple[float, float]:
+    """Return the number that a text shows, and by how much rounding may have changed it."""
+    digits = text.rstrip("%kMG").replace(",", "")
+    scale = 0.01 if percent else {"%": 0.01, "k": 1e3, "M": 1e6, "G": 1e9}.get(text[-1], 1)
+    return float(digits) * scale, 0.51 * 10 ** -len(digits.partition(".")[2]) * scale
+
+
 def test_the_words_follow_from_the_numbers():
     plain, residual, shortcuts, depth = make_sentences(DEGRADED)
     assert plain == (
@@ -285,10 +319,15 @@ def test_page_and_tables_hold_the_numbers_of_the_json(tmp_path):
     found = json.loads((tmp_path / "report" / "study.json").read_text())
     networks = {row.pop("network"): row for row in found["networks"]}
     page = (tmp_path / "report" / "report.html").read_text()
-    shown = re.findall(r'<data value="([^"]*)" data-metric="networks\.(\w+)\.(\w+)"', page)
+    unshown = {"family", "depth"}
+    known = {(name, key) for name, row in networks.items() for key, value in row.items() if value is not None}
+    shown = [(*name.split(".")[1:], value, text) for name, value, text in Page(page).shown]
+    assert {(network, metric) for network, metric, *_ in shown} == {pair for pair in known if pair[1] not in unshown}
     assert len(shown) == 4 * 9 + 2
-    for value, network, metric in shown:
+    for network, metric, value, text in shown:
         assert float(value) == networks[network][metric]
+        shown_number, rounding = number_in(text, percent=metric in ("test_error", "test_error_sd"))
+        assert shown_number == pytest.approx(networks[network][metric], abs=rounding), (network, metric)
     with (tmp_path / "report" / "table.csv").open() as file:
         table = {row["network"]: row for row in csv.DictReader(file)}
     assert float(table["plain56"]["test_error"]) == networks["plain56"]["test_error"] == pytest.approx(0.515)
