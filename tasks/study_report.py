@@ -18,6 +18,8 @@ from tasks.study_figures import Curve, chart, draw, label
 #: mean and standard deviation are 6.61 ± 0.16 %. Its plain networks' errors are only drawn, in figure 6.
 PUBLISHED = {"resnet20": 0.0875, "resnet32": 0.0751, "resnet44": 0.0717, "resnet56": 0.0697, "resnet110": 0.0643}
 PUBLISHED_IMAGES = 64_000 * 128
+#: The source, as section ``download`` names it, that they are of.
+PUBLISHED_SOURCE = "cifar10"
 Result = Mapping[str, Any]
 
 
@@ -48,9 +50,9 @@ class StudySummary:
     markdown: str
 
 
-def make_rows(results: Sequence[Result]) -> list[Row]:
-    """Return a row for each network, by family and depth."""
-    rows = []
+def make_rows(results: Sequence[Result], source: str) -> list[Row]:
+    """Return a row for each network, by family and depth; with the published errors if they are of this source."""
+    rows, published = [], PUBLISHED if source == PUBLISHED_SOURCE else {}
     for name, runs in _by_network(results).items():
         first, tests = runs[0], [run["test_error"] for run in runs]
         rows.append(
@@ -67,7 +69,7 @@ def make_rows(results: Sequence[Result]) -> list[Row]:
                 statistics.mean(tests),
                 statistics.stdev(tests) if len(tests) > 1 else None,
                 statistics.mean(run["top5_error"] for run in runs),
-                PUBLISHED.get(name),
+                published.get(name),
             )
         )
     return rows
@@ -126,14 +128,15 @@ def make_headline(results: Sequence[Result]) -> str:
     return "; ".join(parts) or f"{len(results)} trainings, no two depths of a family to compare"
 
 
-def write_report(results: Sequence[Result], out: Path) -> StudySummary:
+def write_report(results: Sequence[Result], out: Path, source: str) -> StudySummary:
     """Publish ``study.json``, ``table.csv``, ``curves.csv``, the figures and ``report.html`` in the directory ``out``.
 
     Args:
         results: of trainings with the same recipe, as tasks.study_run writes them.
+        source: where the images come from, as section ``download`` names it.
     """
-    rows, curves = make_rows(results), make_curves(results)
-    sentences, headline, facts = make_sentences(results), make_headline(results), make_facts(results)
+    rows, curves = make_rows(results, source), make_curves(results)
+    sentences, headline, facts = make_sentences(results), make_headline(results), make_facts(results, source)
     with publish_directory(out) as partial:
         table = [asdict(row) for row in rows]
         write_json(
@@ -146,15 +149,16 @@ def write_report(results: Sequence[Result], out: Path) -> StudySummary:
             chosen = [curve for curve in curves if curve.family == family]
             draw(partial / f"figure-{family.lower().replace(', ', '-')}", chosen, curves)
         write_text(partial / "report.html", _page(rows, curves, sentences, headline, facts, results))
-    return StudySummary(headline, markdown(rows, sentences, headline))
+    return StudySummary(headline, markdown(rows, sentences, headline, published=source == PUBLISHED_SOURCE))
 
 
-def make_facts(results: Sequence[Result]) -> dict[str, Any]:
+def make_facts(results: Sequence[Result], source: str) -> dict[str, Any]:
     """Return what all trainings have in common, and how long they took together."""
     first = max(results, key=lambda run: len(run["curve"]))
     train = first["recipe"]["train"]
     iterations = first["curve"][-1]["iteration"]
     return {
+        "source": source,
         "trainings": len(results),
         "iterations": iterations,
         "batch_size": train["batch_size"],
@@ -171,8 +175,8 @@ def make_facts(results: Sequence[Result]) -> dict[str, Any]:
     }
 
 
-def markdown(rows: Sequence[Row], sentences: Sequence[str], headline: str) -> str:
-    """Return headline, sentences and table as Markdown."""
+def markdown(rows: Sequence[Row], sentences: Sequence[str], headline: str, *, published: bool) -> str:
+    """Return headline, sentences and table as Markdown, the last column of it only where errors were published."""
     columns = (
         "network",
         "parameters",
@@ -182,7 +186,7 @@ def markdown(rows: Sequence[Row], sentences: Sequence[str], headline: str) -> st
         "without augmentation",
         "test error",
         "top-5 error",
-        "published",
+        *(["published for CIFAR-10"] if published else []),
     )
     lines = [f"**{headline}**", "", *(f"- {sentence}" for sentence in sentences), ""]
     lines += ["| " + " | ".join(columns) + " |", "| --- |" + " ---: |" * (len(columns) - 1)]
@@ -196,8 +200,9 @@ def markdown(rows: Sequence[Row], sentences: Sequence[str], headline: str) -> st
             f"{row.final_training_error:.2%}",
             f"{row.test_error:.2%}" + ("" if row.test_error_sd is None else f" ± {row.test_error_sd * 100:.2f}"),
             f"{row.top5_error:.2%}",
-            "" if row.published_test_error is None else f"{row.published_test_error:.2%}",
         )
+        if published:
+            cells += ("" if row.published_test_error is None else f"{row.published_test_error:.2%}",)
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
@@ -219,6 +224,7 @@ def _page(
         headline=headline[0].upper() + headline[1:],
         sentences=sentences,
         facts=facts,
+        published=facts["source"] == PUBLISHED_SOURCE,
         rows=rows,
         label=label,
         compact=compact,

@@ -315,7 +315,7 @@ def test_one_seed_tells_nothing_about_chance():
 
 @pytest.mark.slow
 def test_page_and_tables_hold_the_numbers_of_the_json(tmp_path):
-    summary = write_report(DEGRADED, tmp_path / "report")
+    summary = write_report(DEGRADED, tmp_path / "report", "cifar10")
     found = json.loads((tmp_path / "report" / "study.json").read_text())
     networks = {row.pop("network"): row for row in found["networks"]}
     page = (tmp_path / "report" / "report.html").read_text()
@@ -340,3 +340,22 @@ def test_page_and_tables_hold_the_numbers_of_the_json(tmp_path):
     assert page.count("<svg") == 2
     names = {path.name for path in (tmp_path / "report").iterdir()}
     assert {"figure.png", "figure.svg", "figure-plain.png", "figure-resnet.svg", "curves.csv"} < names
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("source", "there"), [("cifar10", True), ("folder", False), ("digits", False)])
+def test_published_errors_stand_beside_those_of_the_same_data_only(tmp_path, source, there):
+    summary = write_report(DEGRADED, tmp_path / "report", source)
+    text = (tmp_path / "report" / "report.html").read_text()
+    found = json.loads((tmp_path / "report" / "study.json").read_text())
+    assert found["facts"]["source"] == source
+    assert any(row["published_test_error"] for row in found["networks"]) is there
+    for words in ("published", "Published", "CIFAR-10", "8.75%"):
+        assert (words in Page(text).text) is there, words
+    assert ("| published for CIFAR-10 |" in summary.markdown) is there
+    assert ("8.75%" in summary.markdown) is there
+    rows = [line for line in summary.markdown.splitlines() if line.startswith("|")]
+    assert len({line.count("|") for line in rows}) == 1
+    assert len(re.findall(r"<th scope=.col", text)) == len(
+        re.findall("<t[hd]", text.partition("<tbody>\n")[2].partition("</tr>")[0])
+    )
