@@ -12,6 +12,7 @@ from tasks.augment import AugmentParams, describe
 from tasks.charts import compact
 from tasks.files import publish_directory, write_json, write_text
 from tasks.pages import render, rows_of
+from tasks.study import l2_weight_decay
 from tasks.study_figures import Curve, chart, draw, label
 
 #: Test errors of the paper's networks on CIFAR-10: He et al. 2015, table 6; 110 layers: the best of five runs, whose
@@ -217,8 +218,6 @@ def _page(
 ) -> str:
     families = list(dict.fromkeys(curve.family for curve in curves))
     recipe = results[0]["recipe"]
-    augmentation = describe(AugmentParams(**recipe["augment"]))
-    kept = ("optimizer", "momentum", "nesterov", "weight_decay", "schedule", "batch_size")
     return render(
         "study.html",
         headline=headline[0].upper() + headline[1:],
@@ -230,7 +229,7 @@ def _page(
         compact=compact,
         figures=[(family, chart([curve for curve in curves if curve.family == family], curves)) for family in families],
         records=[
-            ("Training", [*rows_of({name: recipe["train"][name] for name in kept}), ("augmentation", augmentation)]),
+            ("Training", _training_record(recipe)),
             (
                 "Learning rates",
                 rows_of({label(run["network"]): run["recipe"]["train"]["learning_rate"] for run in results}),
@@ -238,6 +237,15 @@ def _page(
             ("Runs", [(f"{label(run['network'])}, seed {run['seed']}", run["digest"]) for run in results]),
         ],
     )
+
+
+def _training_record(recipe: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return names and values of what the trainings had in common."""
+    train = recipe["train"]
+    kept = {name: train[name] for name in ("optimizer", "momentum", "nesterov", "schedule", "batch_size")}
+    # The recipe has that of a decay beside the loss, ten times as much with a momentum of 0.9.
+    kept["weight decay (L2, of kernels only)"] = l2_weight_decay(train)
+    return [*rows_of(kept), ("augmentation", describe(AugmentParams(**recipe["augment"])))]
 
 
 def _curve_table(curves: Sequence[Curve]) -> pd.DataFrame:

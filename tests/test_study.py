@@ -15,7 +15,18 @@ import yaml
 from tasks.augment import AugmentParams
 from tasks.errors import NightlyError
 from tasks.params import read_section
-from tasks.study import CODE, STUDIED, StudyParams, code_version, family, identity, recipe, result, trials
+from tasks.study import (
+    CODE,
+    STUDIED,
+    StudyParams,
+    code_version,
+    family,
+    identity,
+    l2_weight_decay,
+    recipe,
+    result,
+    trials,
+)
 from tasks.study_report import PUBLISHED, make_headline, make_sentences, write_report
 from tests.browser import Page
 from tests.test_graph import closure
@@ -98,6 +109,8 @@ def test_the_recipe_is_the_papers():
     assert (found.optimizer, found.momentum, found.nesterov, found.schedule) == ("sgd", 0.9, False, "steps")
     # Of L2 1e-4, each step with momentum 0.9 takes ten times as much in the long run.
     assert found.weight_decay == pytest.approx(1e-3)
+    odd = StudyParams(weight_decay=3e-4, momentum=0.7)
+    assert l2_weight_decay(recipe("plain20", 1, odd).model_dump()) == pytest.approx(3e-4)
     assert (found.warmup_epochs, found.learning_rate) == (0, 0.1)
     assert recipe("resnet110", 3, params).warmup_epochs * params.evaluate_every == 400
     assert recipe("vgg16", 3, params).learning_rate == 0.01
@@ -340,6 +353,14 @@ def test_page_and_tables_hold_the_numbers_of_the_json(tmp_path):
     assert page.count("<svg") == 2
     names = {path.name for path in (tmp_path / "report").iterdir()}
     assert {"figure.png", "figure.svg", "figure-plain.png", "figure-resnet.svg", "curves.csv"} < names
+
+
+@pytest.mark.slow
+def test_the_page_shows_the_weight_decay_that_the_parameters_say(tmp_path):
+    write_report(DEGRADED, tmp_path / "report", "cifar10")
+    record = Page((tmp_path / "report" / "report.html").read_text()).text.partition("Record\n")[2]
+    assert "weight decay (L2, of kernels only)0.0001\n" in record
+    assert "0.001" not in record
 
 
 @pytest.mark.slow
