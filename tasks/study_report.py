@@ -171,7 +171,8 @@ def make_facts(results: Sequence[Result], source: str) -> dict[str, Any]:
         "curve_test_images": first["curve_test_images"],
         "final_train_images": first["final_train_images"],
         "training_seconds": round(sum(run["training_seconds"] for run in results)),
-        "parallel": first["parallel"],
+        # The least and the most: what was trained by an earlier study had its own.
+        "parallel": [choose(run["parallel"] for run in results) for choose in (min, max)],
         "devices": sorted({f"{run['device']} ({run['backend']}, {run['precision']})" for run in results}),
     }
 

@@ -356,6 +356,25 @@ def test_page_and_tables_hold_the_numbers_of_the_json(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("parallel", "least", "most", "at_a_time", "beside"),
+    [
+        ([1] * 8, 1, 1, "", ""),
+        ([2] * 8, 2, 2, "2 networks at a time, ", ", beside another training"),
+        ([2, *[1] * 6, 3], 1, 3, "1 to 3 networks at a time, ", ", in part beside another training"),
+    ],
+)
+def test_the_page_says_how_many_trained_at_a_time(tmp_path, parallel, least, most, at_a_time, beside):
+    results = [{**run, "parallel": count} for run, count in zip(DEGRADED, parallel, strict=True)]
+    write_report(results, tmp_path / "report", "cifar10")
+    facts = json.loads((tmp_path / "report" / "study.json").read_text())["facts"]
+    assert facts["parallel"] == [least, most]
+    text = Page((tmp_path / "report" / "report.html").read_text()).text
+    assert f"of training in all, without evaluation, {at_a_time}on a processor" in text
+    assert f"those of the median interval{beside};" in text
+
+
+@pytest.mark.slow
 def test_the_page_shows_the_weight_decay_that_the_parameters_say(tmp_path):
     write_report(DEGRADED, tmp_path / "report", "cifar10")
     record = Page((tmp_path / "report" / "report.html").read_text()).text.partition("Record\n")[2]
