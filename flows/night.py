@@ -28,7 +28,7 @@ from flows.workspace import Workspace
 from tasks import charts, pages
 from tasks.errors import NightlyError, describe
 from tasks.files import publish_file, read_json, write_text
-from tasks.judge import LEVEL, chance_words, images_words
+from tasks.judge import LEVEL, chance_words, hollow_figures, images_words
 from tasks.registry import champion_id
 
 #: Beyond this a list is cut, and the page says so.
@@ -241,9 +241,10 @@ class _Page:
         judged = self.night.judgement
         if not judged:
             return []
+        sides = [_telling(judged.challenger), _telling(self.met or {})]
         rows = []
         for key, label, share, more_is_better in _FIGURES:
-            new, old = judged.challenger.get(key), self.met.get(key) if self.met else None
+            new, old = (side.get(key) for side in sides)
             if new is None and old is None:
                 continue
             change = round(new - old, 9) if new is not None and old is not None else None
@@ -367,6 +368,12 @@ class _Page:
 def _drift(night: Night) -> dict[str, Any]:
     found = ((night.predictions.facts or {}) if night.predictions else {}).get("drift") or {}
     return {"level": found.get("level", ""), "sentences": found.get("sentences", [])}
+
+
+def _telling(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the figures of a model that say something of it."""
+    hollow = hollow_figures(metrics)
+    return {key: value for key, value in metrics.items() if key not in hollow}
 
 
 def _signed(change: float, share: bool) -> str:

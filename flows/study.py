@@ -22,7 +22,7 @@ from flows.runs import recorded
 from flows.settings import read_settings
 from flows.workspace import Workspace, find_workspace, locked
 from tasks.errors import Interrupted, NightlyError
-from tasks.files import write_text
+from tasks.files import read_json, write_text
 from tasks.study import StudyParams, Trial, result, trials
 
 shorten_expected_errors()
@@ -170,6 +170,7 @@ def report(now: Study, done: list[dict], trained: str) -> Studied:
     from tasks.study_report import write_report
 
     folder = results_folder(now.workspace) / "report"
-    summary = write_report(done, folder)
+    source = read_json(now.workspace.prepared / "prepared.json")["source"]["source"]
+    summary = write_report(done, folder, source)
     artifacts.show("study", summary.markdown, summary.headline, get_run_logger().warning)
     return Studied(summary.headline, trained, folder / "report.html")

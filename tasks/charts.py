@@ -122,8 +122,13 @@ def round_percent(share: float) -> str:
 
 
 def compact(count: float) -> str:
-    """Write a count in at most four characters."""
-    return f"{count:.0f}" if count < 1000 else f"{count / 1000:.3g}k" if count < 1e6 else f"{count / 1e6:.3g}M"
+    """Write a count in at most five characters."""
+    unit = ""
+    for larger in "kMGT":
+        if count < 999.5:  # what would be rounded to 1,000 takes the larger unit
+            break
+        count, unit = count / 1000, larger
+    return f"{count:.3g}{unit}"
 
 
 def line_chart(

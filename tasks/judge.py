@@ -97,6 +97,18 @@ def read_evaluation(evaluation: Path, offered: tuple[str, ...] = ()) -> Evaluate
     return Evaluated(metrics, table["target"].to_numpy(), table["correct"].to_numpy(), offered)
 
 
+def hollow_figures(metrics: Metrics) -> set[str]:
+    """Return the figures that say nothing of the model, because they are the same of any other.
+
+    Those are the accuracy among the accepted answers if there are none, and the top-5 error of five classes or fewer.
+    """
+    same = {
+        "accepted_accuracy": metrics.get("accepted") == 0,
+        "top5_error": 1 <= len(metrics.get("per_class", ())) <= 5,
+    }
+    return {name for name, hollow in same.items() if hollow}
+
+
 def judge(challenger: Evaluated, champion: Evaluated | None, rules: JudgeParams) -> Verdict:
     """Decide whether ``challenger`` replaces ``champion``, the model in service; None if it would be the first."""
     if champion is not None and champion.id == challenger.id:

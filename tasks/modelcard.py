@@ -16,6 +16,7 @@ import yaml
 from tasks.bundle import Bundle
 from tasks.choice import evidence
 from tasks.drift import Tally
+from tasks.judge import Metrics, hollow_figures
 from tasks.pages import counted, percent, rows_of
 
 CARD = "card.md"
@@ -38,7 +39,7 @@ FIGURES = (
 SPECIAL = re.compile(r"([\\`*_\[\]<>|~&#$])")
 
 
-def render_card(bundle: Bundle, metrics: Mapping[str, Any]) -> str:
+def render_card(bundle: Bundle, metrics: Metrics) -> str:
     """Return the card; ``metrics`` is the content of the evaluation's metrics.json."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).with_name("templates")),
@@ -93,14 +94,14 @@ def code(value: str) -> Code:
     return Code(f"`{value}`")
 
 
-def _figures(metrics: Mapping[str, Any]) -> list[tuple[str, str, str]]:
-    """Return name, value and interval of each figure that was measured."""
-    intervals = {**metrics.get("intervals", {})}
+def _figures(metrics: Metrics) -> list[tuple[str, str, str]]:
+    """Return name, value and interval of each figure that was measured and says something."""
+    intervals, hollow = {**metrics.get("intervals", {})}, hollow_figures(metrics)
     if "accuracy_low" in metrics:
         intervals["accuracy"] = metrics["accuracy_low"], metrics["accuracy_high"]
     rows = []
     for key, name, share in FIGURES:
-        if key in metrics:
+        if key in metrics and key not in hollow:
             write = (lambda value: percent(value, 2)) if share else "{:.4f}".format
             interval = " to ".join(map(write, intervals[key])) if key in intervals else ""
             rows.append((name, write(metrics[key]), interval))

@@ -11,7 +11,7 @@ import pandas as pd
 from markupsafe import Markup
 
 from tasks import charts, confusions
-from tasks.judge import LEVEL
+from tasks.judge import LEVEL, hollow_figures
 from tasks.metrics import CalibrationBin
 from tasks.pages import allow_script, pixelated, render, rows_of, thumbnail, thumbnail_edge
 from tasks.rival import Rival
@@ -158,9 +158,9 @@ def render_report(data: ReportData) -> str:
 
 def _compared(new: Mapping[str, Any], old: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Return the figures that both models have, with the difference and whether it is for the better."""
-    rows = []
+    rows, hollow = [], hollow_figures(new) | hollow_figures(old)
     for key, name, share, more_is_better in COMPARED:
-        if key in new and key in old:
+        if key in new and key in old and key not in hollow:
             change = round(new[key] - old[key], 9)
             better = (change > 0) == more_is_better if change and more_is_better is not None else None
             values = {"key": key, "name": name, "share": share, "new": new[key], "old": old[key]}

@@ -3,6 +3,7 @@
 import ast
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -160,6 +161,11 @@ def recipe(network: str, seed: int, params: StudyParams) -> TrainParams:
         require_gpu=params.require_gpu,
         checkpoint_seconds=params.checkpoint_seconds,
     )
+
+
+def l2_weight_decay(train: Mapping[str, Any]) -> float:
+    """Return the weight decay that section ``study`` has for a recipe with these values."""
+    return train["weight_decay"] * (1 - train["momentum"])
 
 
 def trials(prepared: Path, params: StudyParams, augment: AugmentParams) -> list[Trial]:

@@ -12,12 +12,15 @@ from tasks.augment import AugmentParams, describe
 from tasks.charts import compact
 from tasks.files import publish_directory, write_json, write_text
 from tasks.pages import render, rows_of
+from tasks.study import l2_weight_decay
 from tasks.study_figures import Curve, chart, draw, label
 
 #: Test errors of the paper's networks on CIFAR-10: He et al. 2015, table 6; 110 layers: the best of five runs, whose
 #: mean and standard deviation are 6.61 ± 0.16 %. Its plain networks' errors are only drawn, in figure 6.
 PUBLISHED = {"resnet20": 0.0875, "resnet32": 0.0751, "resnet44": 0.0717, "resnet56": 0.0697, "resnet110": 0.0643}
 PUBLISHED_IMAGES = 64_000 * 128
+#: The source, as section ``download`` names it, that they are of.
+PUBLISHED_SOURCE = "cifar10"
 Result = Mapping[str, Any]
 
 
@@ -48,9 +51,9 @@ class StudySummary:
     markdown: str
 
 
-def make_rows(results: Sequence[Result]) -> list[Row]:
-    """Return a row for each network, by family and depth."""
-    rows = []
+def make_rows(results: Sequence[Result], source: str) -> list[Row]:
+    """Return a row for each network, by family and depth; with the published errors if they are of this source."""
+    rows, published = [], PUBLISHED if source == PUBLISHED_SOURCE else {}
     for name, runs in _by_network(results).items():
         first, tests = runs[0], [run["test_error"] for run in runs]
         rows.append(
@@ -67,7 +70,7 @@ def make_rows(results: Sequence[Result]) -> list[Row]:
                 statistics.mean(tests),
                 statistics.stdev(tests) if len(tests) > 1 else None,
                 statistics.mean(run["top5_error"] for run in runs),
-                PUBLISHED.get(name),
+                published.get(name),
             )
         )
     return rows
@@ -126,14 +129,15 @@ def make_headline(results: Sequence[Result]) -> str:
     return "; ".join(parts) or f"{len(results)} trainings, no two depths of a family to compare"
 
 
-def write_report(results: Sequence[Result], out: Path) -> StudySummary:
+def write_report(results: Sequence[Result], out: Path, source: str) -> StudySummary:
     """Publish ``study.json``, ``table.csv``, ``curves.csv``, the figures and ``report.html`` in the directory ``out``.
 
     Args:
         results: of trainings with the same recipe, as tasks.study_run writes them.
+        source: where the images come from, as section ``download`` names it.
     """
-    rows, curves = make_rows(results), make_curves(results)
-    sentences, headline, facts = make_sentences(results), make_headline(results), make_facts(results)
+    rows, curves = make_rows(results, source), make_curves(results)
+    sentences, headline, facts = make_sentences(results), make_headline(results), make_facts(results, source)
     with publish_directory(out) as partial:
         table = [asdict(row) for row in rows]
         write_json(
@@ -146,15 +150,16 @@ def write_report(results: Sequence[Result], out: Path) -> StudySummary:
             chosen = [curve for curve in curves if curve.family == family]
             draw(partial / f"figure-{family.lower().replace(', ', '-')}", chosen, curves)
         write_text(partial / "report.html", _page(rows, curves, sentences, headline, facts, results))
-    return StudySummary(headline, markdown(rows, sentences, headline))
+    return StudySummary(headline, markdown(rows, sentences, headline, published=source == PUBLISHED_SOURCE))
 
 
-def make_facts(results: Sequence[Result]) -> dict[str, Any]:
+def make_facts(results: Sequence[Result], source: str) -> dict[str, Any]:
     """Return what all trainings have in common, and how long they took together."""
     first = max(results, key=lambda run: len(run["curve"]))
     train = first["recipe"]["train"]
     iterations = first["curve"][-1]["iteration"]
     return {
+        "source": source,
         "trainings": len(results),
         "iterations": iterations,
         "batch_size": train["batch_size"],
@@ -166,13 +171,14 @@ def make_facts(results: Sequence[Result]) -> dict[str, Any]:
         "curve_test_images": first["curve_test_images"],
         "final_train_images": first["final_train_images"],
         "training_seconds": round(sum(run["training_seconds"] for run in results)),
-        "parallel": first["parallel"],
+        # The least and the most: what was trained by an earlier study had its own.
+        "parallel": [choose(run["parallel"] for run in results) for choose in (min, max)],
         "devices": sorted({f"{run['device']} ({run['backend']}, {run['precision']})" for run in results}),
     }
 
 
-def markdown(rows: Sequence[Row], sentences: Sequence[str], headline: str) -> str:
-    """Return headline, sentences and table as Markdown."""
+def markdown(rows: Sequence[Row], sentences: Sequence[str], headline: str, *, published: bool) -> str:
+    """Return headline, sentences and table as Markdown, the last column of it only where errors were published."""
     columns = (
         "network",
         "parameters",
@@ -182,7 +188,7 @@ def markdown(rows: Sequence[Row], sentences: Sequence[str], headline: str) -> st
         "without augmentation",
         "test error",
         "top-5 error",
-        "published",
+        *(["published for CIFAR-10"] if published else []),
     )
     lines = [f"**{headline}**", "", *(f"- {sentence}" for sentence in sentences), ""]
     lines += ["| " + " | ".join(columns) + " |", "| --- |" + " ---: |" * (len(columns) - 1)]
@@ -196,8 +202,9 @@ def markdown(rows: Sequence[Row], sentences: Sequence[str], headline: str) -> st
             f"{row.final_training_error:.2%}",
             f"{row.test_error:.2%}" + ("" if row.test_error_sd is None else f" ± {row.test_error_sd * 100:.2f}"),
             f"{row.top5_error:.2%}",
-            "" if row.published_test_error is None else f"{row.published_test_error:.2%}",
         )
+        if published:
+            cells += ("" if row.published_test_error is None else f"{row.published_test_error:.2%}",)
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
@@ -212,19 +219,18 @@ def _page(
 ) -> str:
     families = list(dict.fromkeys(curve.family for curve in curves))
     recipe = results[0]["recipe"]
-    augmentation = describe(AugmentParams(**recipe["augment"]))
-    kept = ("optimizer", "momentum", "nesterov", "weight_decay", "schedule", "batch_size")
     return render(
         "study.html",
         headline=headline[0].upper() + headline[1:],
         sentences=sentences,
         facts=facts,
+        published=facts["source"] == PUBLISHED_SOURCE,
         rows=rows,
         label=label,
         compact=compact,
         figures=[(family, chart([curve for curve in curves if curve.family == family], curves)) for family in families],
         records=[
-            ("Training", [*rows_of({name: recipe["train"][name] for name in kept}), ("augmentation", augmentation)]),
+            ("Training", _training_record(recipe)),
             (
                 "Learning rates",
                 rows_of({label(run["network"]): run["recipe"]["train"]["learning_rate"] for run in results}),
@@ -232,6 +238,15 @@ def _page(
             ("Runs", [(f"{label(run['network'])}, seed {run['seed']}", run["digest"]) for run in results]),
         ],
     )
+
+
+def _training_record(recipe: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return names and values of what the trainings had in common."""
+    train = recipe["train"]
+    kept = {name: train[name] for name in ("optimizer", "momentum", "nesterov", "schedule", "batch_size")}
+    # The recipe has that of a decay beside the loss, ten times as much with a momentum of 0.9.
+    kept["weight decay (L2, of kernels only)"] = l2_weight_decay(train)
+    return [*rows_of(kept), ("augmentation", describe(AugmentParams(**recipe["augment"])))]
 
 
 def _curve_table(curves: Sequence[Curve]) -> pd.DataFrame:

@@ -67,7 +67,7 @@ def workspace(server, tmp_path, monkeypatch) -> Workspace:
         "dvc.yaml": STAGES,
         "params.yaml": PARAMS,
         "tasks/study_run.py": RUN,
-        "facts.json": '{"data_digest": "d1"}',
+        "facts.json": '{"data_digest": "d1", "source": {"source": "cifar10"}}',
     }.items():
         (tmp_path / path).write_text(textwrap.dedent(content))
     (tmp_path / "again").mkdir()
@@ -117,6 +117,7 @@ def test_only_what_is_missing_is_trained(workspace):
     assert trained(workspace) == everything[2:]
     assert studied.trained == "2 of 4 in this run"
     assert (studied.report.parent / "figure.png").is_file()
+    assert "for CIFAR-10 after 64,000 iterations" in studied.report.read_text()
 
     again = flows_study.study()
     assert trained(workspace) == []

@@ -2,12 +2,9 @@ import base64
 import gzip
 import hashlib
 import html
-import html.parser
 import io
 import json
 import re
-import shutil
-import subprocess
 import tracemalloc
 import urllib.parse
 from collections import Counter
@@ -20,6 +17,7 @@ from PIL import Image
 from tasks import gallery
 from tasks.gallery import write_gallery
 from tasks.rows import SCHEMA
+from tests.browser import BROWSERS, Page, opened
 
 CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 FAILED = ["empty", "not_an_image", "unsupported", "truncated", "too_large", "unreadable", "vanished"]
@@ -88,43 +86,12 @@ def relative(path):
     return "../photos/" + urllib.parse.quote(path)
 
 
-VOID = {"meta", "img", "br", "input"}
+class GalleryPage(Page):
+    """The page with the rows that travel with it."""
 
-
-class Page(html.parser.HTMLParser):
-    """What a browser would make of the page: elements, visible text, figures, and the scripts' text."""
-
-    def __init__(self, text):
-        super().__init__()
-        self.source, self.text = text, ""
-        self.elements, self.figures, self.scripts, self._open = [], {}, [], []
-        self.feed(text)
-        assert not self._open, f"never closed: {self._open}"
-
-    def handle_starttag(self, tag, attrs):
-        self.elements.append((tag, dict(attrs)))
-        if tag not in VOID:
-            self._open.append(tag)
-        if tag == "data":
-            self.figures[dict(attrs)["data-metric"]] = int(dict(attrs)["value"])
-        if tag == "script":
-            self.scripts.append((dict(attrs), ""))
-
-    def handle_startendtag(self, tag, attrs):
-        self.elements.append((tag, dict(attrs)))
-
-    def handle_endtag(self, tag):
-        if tag not in VOID:
-            assert self._open.pop() == tag
-
-    def handle_data(self, data):
-        if self._open and self._open[-1] == "script":
-            self.scripts[-1] = (self.scripts[-1][0], self.scripts[-1][1] + data)
-        elif "style" not in self._open:
-            self.text += data
-
-    def of(self, tag):
-        return [attributes for found, attributes in self.elements if found == tag]
+    @property
+    def counts(self):
+        return {name: int(value) for name, (value, _) in self.figures.items()}
 
     def rows(self):
         """Return the columns of all rows, unpacked."""
@@ -145,7 +112,7 @@ def written(tmp_path, rows=None, summary=SUMMARY, thumbnail=picture, link=relati
     destination = tmp_path / "gallery.html"
     write_gallery(destination, fake_rows() if rows is None else rows, summary, thumbnail, link)
     text = destination.read_text(encoding="utf-8")
-    return text, Page(text)
+    return text, GalleryPage(text)
 
 
 @pytest.fixture(scope="module")
@@ -162,14 +129,14 @@ def file(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def page(file):
-    return Page(file.read_text(encoding="utf-8"))
+    return GalleryPage(file.read_text(encoding="utf-8"))
 
 
 def test_the_figures_count_the_rows(page, table):
     failed = {f"statuses.{status}": count for status, count in Counter(table["status"]).items() if status != "ok"}
     labels = {f"labels.{label}": count for label, count in Counter(table["label"]).items() if label}
     accepted = sum(table["accepted"])
-    assert page.figures == {"classified": table["status"].count("ok"), "accepted": accepted, **failed, **labels}
+    assert page.counts == {"classified": table["status"].count("ok"), "accepted": accepted, **failed, **labels}
     assert len(failed) == len(FAILED)
 
 
@@ -226,7 +193,7 @@ def test_how_rows_come_in_parts_makes_no_difference(page, tmp_path):
         other = written(tmp_path, parts)[1]
         assert other.rows() == page.rows()
         assert other.cards() == page.cards()
-        assert other.figures == page.figures
+        assert other.counts == page.counts
 
 
 @pytest.mark.parametrize("classes", [100, 1_000, 2_500])
@@ -334,13 +301,13 @@ def test_the_header_and_the_record_tell_how_it_was_done(page):
 
 def test_no_rows_no_summary_no_images_and_no_threshold_have_a_page(tmp_path):
     _, page = written(tmp_path, [], {})
-    assert page.figures == {"classified": 0}
+    assert page.counts == {"classified": 0}
     _, page = written(tmp_path, fake_rows(20, failing=0), {"threshold": 0.0, "drift": None}, link=lambda path: None)
     assert "every file could be read" in page.text
-    assert "accepted" not in page.figures
+    assert "accepted" not in page.counts
     assert not [attributes for attributes in page.of("a") if not attributes["href"].startswith("#")]
     _, page = written(tmp_path, fake_rows(20, failing=1), {"source": "x"})
-    assert page.figures["classified"] == 0
+    assert page.counts["classified"] == 0
     assert not page.cards()
 
 
@@ -375,9 +342,6 @@ def test_a_hundred_thousand_rows_make_a_light_page_in_little_memory(tmp_path):
     assert pool.bytes_allocated() - before < 20e6
 
 
-BROWSERS = [found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))][:1]
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("browser", BROWSERS)
 class TestInABrowser:
@@ -388,11 +352,7 @@ class TestInABrowser:
     @staticmethod
     def opened(browser, file, state):
         """Return the page as the browser has it once the script is done."""
-        options = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"]
-        options += [f"--user-data-dir={file.parent / 'profile'}", "--virtual-time-budget=20000", "--dump-dom"]
-        address = f"{file.as_uri()}#{urllib.parse.urlencode(state)}"
-        done = subprocess.run([browser, *options, address], check=True, capture_output=True, text=True, timeout=120)
-        return Page(done.stdout)
+        return GalleryPage(opened(browser, file, urllib.parse.urlencode(state)))
 
     @staticmethod
     def listed(page):

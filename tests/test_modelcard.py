@@ -200,6 +200,39 @@ def test_the_facts_are_the_bundles(bundle, evaluated):
     assert "has changed" in read(render_card(bundle.changed(path=bundle.path, test_digest="t0"), evaluated))[1]
 
 
+@pytest.mark.parametrize(
+    ("weights", "sha256", "training", "words"),
+    [
+        (None, None, {}, "random weights"),
+        ("imagenet", None, {}, "imagenet"),
+        ("backbone.h5", "5f5f", {}, "backbone.h5, SHA-256 5f5f"),
+        (None, None, {"warm_start": "0ld"}, "the weights of model 0ld"),
+        ("backbone.h5", "5f5f", {"warm_start": "0ld"}, "the weights of model 0ld"),
+    ],
+)
+def test_a_model_began_from_the_weights_that_its_training_began_with(
+    bundle, evaluated, weights, sha256, training, words
+):
+    model = PARAMETERS["model"] | {"weights": weights, "weights_sha256": sha256}
+    other = bundle.changed(path=bundle.path, parameters={"model": model}, training=training)
+    assert dict(read(render_card(other, evaluated))[0][""])["began from"] == words
+
+
+def test_how_many_of_no_accepted_answers_are_right_is_not_said(bundle, evaluated):
+    tables, text = read(render_card(bundle, {**evaluated, "accepted": 0.0, "accepted_accuracy": 0.0}))
+    names = [name for name, _, _ in tables["figure"]]
+    assert "accepted answers" in names
+    assert "accuracy among them" not in names
+    assert "At the threshold 0.9, 0.00% of the test pictures were accepted." in text
+
+
+def test_the_top_5_error_of_five_classes_is_not_in_the_card(bundle, evaluated):
+    for count, there in ((5, False), (6, True)):
+        classes = dict(list(evaluated["per_class"].items())[:count])
+        names = [name for name, *_ in read(render_card(bundle, {**evaluated, "per_class": classes}))[0]["figure"]]
+        assert ("top-5 error" in names) is there
+
+
 def test_what_an_older_evaluation_lacks_is_not_in_the_card(tmp_path):
     exported, evaluation = export(tmp_path, "m1")
     before = (exported / "bundle.json").read_bytes()

@@ -19,8 +19,9 @@ from tasks.bundle import load_bundle
 from tasks.files import read_json, write_json
 from tasks.inbox import Intake
 from tasks.judge import Verdict
+from tests.browser import Page
 from tests.miniature import export
-from tests.test_report import HOSTILE, Page
+from tests.test_report import HOSTILE
 
 # One of apprise's plugins, which all are loaded with the first address.
 pytestmark = pytest.mark.filterwarnings("ignore:'imghdr' is deprecated:DeprecationWarning")
@@ -142,6 +143,18 @@ def test_a_promoted_night_shows_both_models_side_by_side(workspace):
     assert "points b3090.00%95.00%-5.00 c3080.00%83.00%-3.00 a30100.00%90.00%+10.00 What changed" in shown
     assert float(page.figures["accuracy"][0]) == CHALLENGER["accuracy"]
     assert "Wednesday, 25 November 2026, 02:00 CET" in page.text
+
+
+def test_how_many_of_no_accepted_images_are_right_is_not_said(workspace):
+    none, some = {"accepted": 0.0, "accepted_accuracy": 0.0}, {"accepted": 0.5, "accepted_accuracy": 0.75}
+    for pair, expected in (
+        ((none, some), "Right among the accepted–75.00%–"),
+        ((none, none), "Accepted0.00%0.00%none"),
+    ):
+        judgement = Judgement(Verdict("hold", ["held"], COMPARISON), {**CHALLENGER, **pair[0]}, {**CHAMPION, **pair[1]})
+        shown = rows_of(told(workspace, a_night(judgement=judgement))[0], "Challenger and champion")
+        assert expected in shown
+        assert ("Right among the accepted" in shown) == (some in pair)
 
 
 def test_what_changed_since_the_champion_was_trained(workspace):

@@ -1,5 +1,4 @@
 import hashlib
-import html.parser
 import io
 import re
 from base64 import b64decode, b64encode
@@ -17,6 +16,7 @@ from tasks.metrics import calibration_bins
 from tasks.pages import thumbnail, thumbnail_edge
 from tasks.report import Picture, ReportData, render_report
 from tasks.rival import Rival
+from tests.browser import BROWSERS, Page, opened, with_script
 
 LIMIT_BYTES = 3_000_000
 HISTORY = pd.DataFrame(
@@ -105,40 +105,6 @@ def report_data(
         "reference": "keras-float32",
     }
     return ReportData(**{**values, **changes})
-
-
-VOID = {"meta", "img", "br"}
-
-
-class Page(html.parser.HTMLParser):
-    """What a browser would make of a page: elements with attributes, text, and the figures in ``<data>`` elements."""
-
-    def __init__(self, text):
-        super().__init__()
-        self.elements, self.shown, self.text, self._open = [], [], "", []
-        self.feed(text)
-        assert not self._open, f"never closed: {self._open}"
-        self.figures = {name: (value, text) for name, value, text in self.shown}
-
-    def handle_starttag(self, tag, attrs):
-        self.elements.append((tag, dict(attrs)))
-        if tag not in VOID:
-            self._open.append(tag)
-        if "data-metric" in dict(attrs):
-            self.shown.append([dict(attrs)["data-metric"], dict(attrs)["value"], ""])
-
-    def handle_startendtag(self, tag, attrs):
-        self.elements.append((tag, dict(attrs)))
-
-    def handle_endtag(self, tag):
-        if tag not in VOID:
-            assert self._open.pop() == tag
-
-    def handle_data(self, data):
-        if not {"style", "script"} & {*self._open}:
-            self.text += data
-        if "data" in self._open:
-            self.shown[-1][2] += data
 
 
 RIVAL_METRICS = {"accuracy": 0.7, "top1_error": 0.3, "log_loss": 0.987, "per_class": {}}
@@ -251,7 +217,7 @@ def test_the_commonest_confusions_come_first_with_their_share_of_the_class():
     assert cells == [["b", "a", "5", "50.0%"], ["a", "b", "2", "20.0%"], ["b", "c", "1", "10.0%"]]
 
 
-@pytest.mark.parametrize(("classes", "size"), [(10, 32), (30, 64), (100, 64)])
+@pytest.mark.parametrize(("classes", "size"), [(10, 32), (30, 64), (100, 64), (1000, 64)])
 def test_the_report_of_ten_thousand_images_is_light(classes, size):
     data = report_data([f"class {i}" for i in range(classes)], count=10_000, size=size, pictures=64)
     assert len(data.mistakes) == len(data.hits) == 64
@@ -285,11 +251,37 @@ def test_the_model_in_service_stands_beside_this_one():
     assert "McNemar" not in other
     missing = Page(render_report(report_data(rival=rival(metrics={}, comparison=None, obstacle="it is gone")))).text
     assert "its figures were not at hand: it is gone" in missing
+    unknown = Page(render_report(report_data(rival=Rival(None, {}, obstacle="champion.json is damaged")))).text
+    assert "Which model was in service when this was evaluated is not known: champion.json is damaged." in unknown
+    assert "None" not in unknown.partition("Beside the model in service")[2].partition("What it learned from")[0]
     assert "Beside the model in service" not in Page(render_report(report_data())).text
 
 
+def test_how_many_of_no_accepted_images_are_right_is_not_said():
+    old = {"accepted": 0.5, "accepted_accuracy": 0.75}
+    none, some = (report_data(threshold=threshold, rival=rival(metrics=old)) for threshold in (0.999, 0.5))
+    assert none.metrics["accepted"] == 0
+    page = Page(render_report(none))
+    assert "have a confidence of 99.9% or more\n" in page.text
+    assert "Right among the accepted" not in page.text
+    assert not [name for name in page.figures if "accepted_accuracy" in name]
+    other = report_data(rival=rival(metrics={"accepted": 0.0, "accepted_accuracy": 0.0}))
+    assert "Right among the accepted" not in Page(render_report(other)).text
+    assert "Right among the accepted" in Page(render_report(some)).text
+
+
+@pytest.mark.parametrize(("classes", "there"), [(5, False), (6, True)])
+def test_where_top_5_error_is_zero_by_definition_it_has_no_interval_and_is_not_compared(classes, there):
+    metrics = {"top5_error": 0.0, "per_class": dict.fromkeys("abcdef"[:classes])}
+    page = Page(render_report(report_data(list("abcdef"[:classes]), rival=rival(metrics=metrics))))
+    assert ("zero by definition: there are only 5 classes" in page.text) is not there
+    assert "top5_error" in page.figures
+    for name in ("intervals.top5_error.0", "intervals.top5_error.1", "champion.top5_error"):
+        assert (name in page.figures) is there
+
+
 def test_a_difference_is_for_the_better_or_the_worse_by_what_the_figure_is():
-    old = {"accuracy": 0.0, "top1_error": 0.0, "log_loss": 99.0, "accepted": 0.0, "accepted_accuracy": 1.0}
+    old = {"accuracy": 0.0, "top1_error": 0.0, "log_loss": 99.0, "accepted": 0.1, "accepted_accuracy": 1.0}
     page = (
         render_report(report_data(rival=rival(metrics=old)))
         .partition('<table class="duel">')[2]
@@ -303,6 +295,7 @@ def test_a_temperature_shows_the_diagram_before_and_after_it():
     before, after = (render_report(report_data(temperature=t)) for t in (1.0, 1.3))
     assert before.count('aria-label="Accuracy over confidence') == 1
     assert after.count('aria-label="Accuracy over confidence') == 2
+    assert "on the validation split no temperature improved them." in " ".join(Page(before).text.split())
     data = report_data(temperature=1.3)
     for bins in (data.bins, data.raw_bins):
         fullest = max(bins, key=lambda b: b.images)
@@ -312,6 +305,7 @@ def test_a_temperature_shows_the_diagram_before_and_after_it():
 def test_the_report_counts_the_data_it_was_trained_on():
     text = render_report(report_data(["a", "b"])).partition('id="data"')[2]
     assert re.search(r"<dt>Left out</dt><dd[^>]*>6</dd>", text)
+    assert "At the time, data/card.html showed samples" in text
     assert "4 truncated, 2 label conflict" in re.sub(r"<[^>]*>", "", text)
     counts = [re.findall(r">([^<\n]+)</(?:bdi|td)>", row) for row in text.partition("<tbody>")[2].split("</tr>")[:2]]
     assert counts == [["a", "5,000", "0", "7"], ["b", "5,001", "0", "7"]]
@@ -356,6 +350,27 @@ def test_ticks_are_round_and_cover_the_range():
     assert charts.ticks(0.952, 0.987) == [0.95, 0.96, 0.97, 0.98, 0.99]
     assert charts.ticks(3, 3)[0] <= 3 <= charts.ticks(3, 3)[-1]
     assert charts.ticks(0, 0)[-1] > 0
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [
+        (0, "0"),
+        (0.5, "0.5"),
+        (999, "999"),
+        (1_000, "1k"),
+        (12_345, "12.3k"),
+        (999_499, "999k"),
+        (999_600, "1M"),
+        (40_551_040, "40.6M"),
+        (999_500_000, "1G"),
+        (1_196_163_072, "1.2G"),
+        (19_628_048_384, "19.6G"),
+        (2e12, "2T"),
+    ],
+)
+def test_a_count_is_written_in_the_unit_that_its_rounded_value_has(count, text):
+    assert charts.compact(count) == text
 
 
 def test_a_line_has_gaps_where_values_are_missing_and_one_value_is_a_dot():
@@ -408,6 +423,57 @@ def test_thumbnails_keep_small_pictures_exactly_and_shrink_large_ones():
         np.testing.assert_array_equal(back, source if shape == source.shape else 0)
     assert thumbnail_edge(1) == 112
     assert thumbnail_edge(1000) ** 2 * 1000 <= 300_000
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("browser", BROWSERS)
+class TestInABrowser:
+    """What the script makes of the page, where there is a browser to run it."""
+
+    __test__ = bool(BROWSERS)
+
+    def panels_shown(self, browser, folder, do="", fragment=""):
+        """Return the ids of the panels that one sees, and of the links that are said to be open."""
+        tell = 'for (const p of document.querySelectorAll(".panel")) p.dataset.shown = getComputedStyle(p).display;'
+        text = render_report(report_data(["a", "b", "c"], count=29))
+        (folder / "report.html").write_text(with_script(text, do + tell), encoding="utf-8")
+        page = Page(opened(browser, folder / "report.html", fragment))
+        panels = [attributes for attributes in page.of("div") if "data-shown" in attributes]
+        assert len(panels) > 3
+        expanded = {link["href"] for link in page.of("a") if link.get("aria-expanded") == "true"}
+        return [panel["id"] for panel in panels if panel["data-shown"] != "none"], expanded
+
+    def test_the_address_of_a_cell_opens_its_panel_and_no_other(self, browser, tmp_path):
+        assert self.panels_shown(browser, tmp_path) == ([], set())
+        assert self.panels_shown(browser, tmp_path, fragment="cell-1-0") == (["cell-1-0"], {"#cell-1-0"})
+
+    def test_a_cell_opens_its_panel_closes_the_others_and_closes_it_again(self, browser, tmp_path):
+        click = "document.querySelector(\"a[href='#cell-0-0']\").click();"
+        assert self.panels_shown(browser, tmp_path, click, "cell-1-0") == (["cell-0-0"], {"#cell-0-0"})
+        assert self.panels_shown(browser, tmp_path, click * 2, "cell-1-0") == ([], set())
+        assert self.panels_shown(browser, tmp_path, "document.querySelector('.back').click();", "cell-1-0")[0] == []
+
+    @pytest.mark.parametrize(
+        ("columns", "key", "order"),
+        [
+            ([1], "images", "descending"),
+            ([1, 1], "images", "ascending"),
+            ([3], "recall", "descending"),
+            ([1, 0], "", ""),
+        ],
+    )
+    def test_a_table_is_sorted_by_the_column_that_is_clicked(self, browser, tmp_path, columns, key, order):
+        data = report_data(["b", "c", "a"], count=3_000, quality=0.5)
+        scores, expected = data.metrics["per_class"], data.classes
+        assert min(score["images"] for score in scores.values()) < 1000 < max(s["images"] for s in scores.values())
+        heads = 'document.querySelectorAll("#classes thead th")'
+        clicks = "".join(f"{heads}[{column}].click();" for column in columns)
+        (tmp_path / "report.html").write_text(with_script(render_report(data), clicks), encoding="utf-8")
+        table = opened(browser, tmp_path / "report.html").partition('id="classes"')[2].partition("</tbody>")[0]
+        if key:
+            expected = sorted(expected, key=lambda name: scores[name][key], reverse=order == "descending")
+        assert re.findall(r'<th scope="row"><bdi>(\w)</bdi>', table) == expected
+        assert re.findall(r'aria-sort="(\w+)"', table) == ([order] if order else [])
 
 
 def card(names, size=8, samples=10):

@@ -50,6 +50,18 @@ def test_figures_of_another_test_set_are_shown_and_not_compared(models):
     assert found.metrics["accuracy"] == 0.5
 
 
+def test_a_damaged_pointer_or_evaluation_is_an_obstacle(models):
+    evaluation = models / "registry" / "old" / "evaluation"
+    for name in ("predictions.parquet", "metrics.json"):
+        (evaluation / name).write_text("<<<<<<< HEAD")
+        found = read_rival(models, CHALLENGER)
+        assert (found.id, found.metrics, found.obstacle) == ("old", {}, f"{evaluation} is damaged")
+    (models / "champion.json").write_text("<<<<<<< HEAD")
+    found = read_rival(models, CHALLENGER)
+    assert (found.id, found.metrics, found.comparison) == (None, {}, None)
+    assert "champion.json is damaged: put a model in service with 'nightly rollback ID'" in found.obstacle
+
+
 def test_a_model_in_service_that_was_not_fetched_is_named(models):
     (models / "registry" / "old.dvc").touch()
     (models / "registry" / "old").rename(models / "elsewhere")

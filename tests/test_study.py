@@ -15,8 +15,20 @@ import yaml
 from tasks.augment import AugmentParams
 from tasks.errors import NightlyError
 from tasks.params import read_section
-from tasks.study import CODE, STUDIED, StudyParams, code_version, family, identity, recipe, result, trials
+from tasks.study import (
+    CODE,
+    STUDIED,
+    StudyParams,
+    code_version,
+    family,
+    identity,
+    l2_weight_decay,
+    recipe,
+    result,
+    trials,
+)
 from tasks.study_report import PUBLISHED, make_headline, make_sentences, write_report
+from tests.browser import Page
 from tests.test_graph import closure
 
 SMALL = StudyParams(
@@ -97,6 +109,8 @@ def test_the_recipe_is_the_papers():
     assert (found.optimizer, found.momentum, found.nesterov, found.schedule) == ("sgd", 0.9, False, "steps")
     # Of L2 1e-4, each step with momentum 0.9 takes ten times as much in the long run.
     assert found.weight_decay == pytest.approx(1e-3)
+    odd = StudyParams(weight_decay=3e-4, momentum=0.7)
+    assert l2_weight_decay(recipe("plain20", 1, odd).model_dump()) == pytest.approx(3e-4)
     assert (found.warmup_epochs, found.learning_rate) == (0, 0.1)
     assert recipe("resnet110", 3, params).warmup_epochs * params.evaluate_every == 400
     assert recipe("vgg16", 3, params).learning_rate == 0.01
@@ -179,20 +193,46 @@ def test_a_killed_training_ends_with_the_numbers_of_one_that_nobody_disturbed(pr
     assert not list((tmp_path / "scratch").glob("*/*.npz"))
 
 
+def vgg_by_hand(convolutions: tuple[int, ...], size: int, classes: int) -> tuple[int, int]:
+    """Return parameters and multiply-adds: stages of 3 × 3 convolutions with biases, each ending with a pooling."""
+    parameters = products = 0
+    channels = 3
+    for filters, count in zip((64, 128, 256, 512, 512), convolutions, strict=True):
+        for _ in range(count):
+            kernel = 3 * 3 * channels * filters
+            parameters, products, channels = parameters + kernel + filters, products + size**2 * kernel, filters
+        size //= 2
+    return parameters + (channels + 1) * classes, products + channels * classes
+
+
 @pytest.mark.slow
-def test_vgg_networks_are_those_of_keras_without_batch_normalization():
+@pytest.mark.parametrize(("name", "convolutions"), [("vgg16", (2, 2, 3, 3, 3)), ("vgg19", (2, 2, 4, 4, 4))])
+def test_vgg_networks_are_those_of_keras_without_batch_normalization(name, convolutions):
     import keras
 
+    from tasks.resnet import multiply_adds
     from tasks.study_run import build_network
 
     normalization = {"mean": [120.0] * 3, "std": [60.0] * 3, "channel_order": "RGB"}
-    network = build_network("vgg16", SMALL, 32, 10, normalization)
-    inside = network.get_layer("vgg16").layers
-    assert sum(isinstance(layer, keras.layers.Conv2D) for layer in inside) == 13
-    assert not any(isinstance(layer, keras.layers.BatchNormalization) for layer in inside)
+    network = build_network(name, SMALL, 32, 10, normalization)
+    layers = network.get_layer(name).layers
+    kernels = [layer.kernel.numpy() for layer in layers if isinstance(layer, keras.layers.Conv2D)]
+    assert len(kernels) == sum(convolutions)
+    assert not any(isinstance(layer, keras.layers.BatchNormalization) for layer in layers)
     assert network.output.shape == (None, 10)
+    parameters = sum(variable.numpy().size for variable in network.trainable_variables)
+    assert (parameters, multiply_adds(network)) == vgg_by_hand(convolutions, 32, 10)
+    # He et al. 2015 (arXiv 1502.01852), with the fan-in; Glorot's would deviate by a factor of about 0.7.
+    deviations = [kernel.std() / (2 / kernel[..., 0].size) ** 0.5 for kernel in kernels]
+    assert deviations == pytest.approx([1] * len(kernels), abs=0.06)
+
+
+@pytest.mark.slow
+def test_vgg_networks_need_images_of_32_px():
+    from tasks.study_run import build_network
+
     with pytest.raises(NightlyError, match=r"vgg16 needs images of 32 px or more, but prepare.decode.size is 8"):
-        build_network("vgg16", SMALL, 8, 10, normalization)
+        build_network("vgg16", SMALL, 8, 10, {})
 
 
 def test_an_interval_beyond_the_training_images_is_refused(prepared, tmp_path):
@@ -246,6 +286,13 @@ DEGRADED = [
 ]
 
 
+def number_in(text: str, percent: bool) -> tuple[float, float]:
+    """Return the number that a text shows, and by how much rounding may have changed it."""
+    digits = text.rstrip("%kMG").replace(",", "")
+    scale = 0.01 if percent else {"%": 0.01, "k": 1e3, "M": 1e6, "G": 1e9}.get(text[-1], 1)
+    return float(digits) * scale, 0.51 * 10 ** -len(digits.partition(".")[2]) * scale
+
+
 def test_the_words_follow_from_the_numbers():
     plain, residual, shortcuts, depth = make_sentences(DEGRADED)
     assert plain == (
@@ -281,14 +328,19 @@ def test_one_seed_tells_nothing_about_chance():
 
 @pytest.mark.slow
 def test_page_and_tables_hold_the_numbers_of_the_json(tmp_path):
-    summary = write_report(DEGRADED, tmp_path / "report")
+    summary = write_report(DEGRADED, tmp_path / "report", "cifar10")
     found = json.loads((tmp_path / "report" / "study.json").read_text())
     networks = {row.pop("network"): row for row in found["networks"]}
     page = (tmp_path / "report" / "report.html").read_text()
-    shown = re.findall(r'<data value="([^"]*)" data-metric="networks\.(\w+)\.(\w+)"', page)
+    unshown = {"family", "depth"}
+    known = {(name, key) for name, row in networks.items() for key, value in row.items() if value is not None}
+    shown = [(*name.split(".")[1:], value, text) for name, value, text in Page(page).shown]
+    assert {(network, metric) for network, metric, *_ in shown} == {pair for pair in known if pair[1] not in unshown}
     assert len(shown) == 4 * 9 + 2
-    for value, network, metric in shown:
+    for network, metric, value, text in shown:
         assert float(value) == networks[network][metric]
+        shown_number, rounding = number_in(text, percent=metric in ("test_error", "test_error_sd"))
+        assert shown_number == pytest.approx(networks[network][metric], abs=rounding), (network, metric)
     with (tmp_path / "report" / "table.csv").open() as file:
         table = {row["network"]: row for row in csv.DictReader(file)}
     assert float(table["plain56"]["test_error"]) == networks["plain56"]["test_error"] == pytest.approx(0.515)
@@ -301,3 +353,49 @@ def test_page_and_tables_hold_the_numbers_of_the_json(tmp_path):
     assert page.count("<svg") == 2
     names = {path.name for path in (tmp_path / "report").iterdir()}
     assert {"figure.png", "figure.svg", "figure-plain.png", "figure-resnet.svg", "curves.csv"} < names
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("parallel", "least", "most", "at_a_time", "beside"),
+    [
+        ([1] * 8, 1, 1, "", ""),
+        ([2] * 8, 2, 2, "2 networks at a time, ", ", beside another training"),
+        ([2, *[1] * 6, 3], 1, 3, "1 to 3 networks at a time, ", ", in part beside another training"),
+    ],
+)
+def test_the_page_says_how_many_trained_at_a_time(tmp_path, parallel, least, most, at_a_time, beside):
+    results = [{**run, "parallel": count} for run, count in zip(DEGRADED, parallel, strict=True)]
+    write_report(results, tmp_path / "report", "cifar10")
+    facts = json.loads((tmp_path / "report" / "study.json").read_text())["facts"]
+    assert facts["parallel"] == [least, most]
+    text = Page((tmp_path / "report" / "report.html").read_text()).text
+    assert f"of training in all, without evaluation, {at_a_time}on a processor" in text
+    assert f"those of the median interval{beside};" in text
+
+
+@pytest.mark.slow
+def test_the_page_shows_the_weight_decay_that_the_parameters_say(tmp_path):
+    write_report(DEGRADED, tmp_path / "report", "cifar10")
+    record = Page((tmp_path / "report" / "report.html").read_text()).text.partition("Record\n")[2]
+    assert "weight decay (L2, of kernels only)0.0001\n" in record
+    assert "0.001" not in record
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("source", "there"), [("cifar10", True), ("folder", False), ("digits", False)])
+def test_published_errors_stand_beside_those_of_the_same_data_only(tmp_path, source, there):
+    summary = write_report(DEGRADED, tmp_path / "report", source)
+    text = (tmp_path / "report" / "report.html").read_text()
+    found = json.loads((tmp_path / "report" / "study.json").read_text())
+    assert found["facts"]["source"] == source
+    assert any(row["published_test_error"] for row in found["networks"]) is there
+    for words in ("published", "Published", "CIFAR-10", "8.75%"):
+        assert (words in Page(text).text) is there, words
+    assert ("| published for CIFAR-10 |" in summary.markdown) is there
+    assert ("8.75%" in summary.markdown) is there
+    rows = [line for line in summary.markdown.splitlines() if line.startswith("|")]
+    assert len({line.count("|") for line in rows}) == 1
+    assert len(re.findall(r"<th scope=.col", text)) == len(
+        re.findall("<t[hd]", text.partition("<tbody>\n")[2].partition("</tr>")[0])
+    )
