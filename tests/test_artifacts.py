@@ -4,7 +4,7 @@ import httpx
 import pytest
 
 from flows import artifacts
-from flows.artifacts import Progress, share_done, show_night
+from flows.artifacts import Progress, share_done, show
 
 
 @pytest.mark.parametrize(
@@ -82,5 +82,5 @@ def test_without_a_server_a_bar_waits_and_appears_later(server, monkeypatch):
 def test_without_a_server_a_night_ends_as_it_would_with_one(server):
     warnings: list[str] = []
     server.there = False
-    show_night("# Promoted", "promoted", warnings.append)
+    show("night", "# Promoted", "promoted", warnings.append)
     assert len(warnings) == 1
