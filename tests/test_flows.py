@@ -4,6 +4,7 @@ import importlib
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -23,6 +24,7 @@ from tasks.errors import Interrupted, NightlyError
 from tests.miniature import Miniature
 
 pytestmark = pytest.mark.slow
+PROJECT = Path(__file__).parent.parent
 
 
 @pytest.fixture
@@ -463,8 +465,41 @@ def test_the_hour_stays_the_same_when_the_clocks_change():
     assert [f"{time:%d %H}" for time in (times[0], times[2], times[3])] == ["28 02", "30 02", "31 02"]
 
 
+def test_a_night_on_a_worker_as_the_documentation_sets_it_up(workspace, server, tmp_path_factory):
+    from prefect.client.orchestration import get_client
+
+    shutil.copy(PROJECT / "prefect.yaml", workspace.root)
+    shutil.rmtree(
+        workspace.root / "tasks"
+    )  # a worker finds what lies in the workspace first, and no part of the real one
+    home = tmp_path_factory.mktemp("home")
+    environment = {**os.environ, "PREFECT_API_URL": server, "PREFECT_HOME": str(home), "COLUMNS": "200"}
+
+    def prefect(*words, folder):
+        command = [sys.executable, "-m", "prefect", *words]
+        done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout + done.stderr
+
+    prefect("work-pool", "create", "nightly", "--type", "process", folder=home)
+    prefect("--no-prompt", "deploy", "--all", folder=workspace.root)
+    with get_client(sync_client=True) as client:
+        deployment = client.read_deployment_by_name("retrain/nightly")
+        [step] = deployment.pull_steps
+        assert list(step.values()) == [{"directory": str(workspace.root)}]
+        run = client.create_flow_run_from_deployment(deployment.id)
+        try:
+            said = prefect("worker", "start", "--pool", "nightly", "--run-once", folder=home)
+            assert client.read_flow_run(run.id).state_name == "Completed", said
+        finally:
+            client.delete_deployment(deployment.id)  # other tests share the server
+    assert registry.history(workspace.root / "models")[-1].id == "m1"
+    [page] = (workspace.root / ".nightly" / "nights").glob("2*.html")
+    assert "none is known" in page.read_text()  # params.yaml has a schedule, which a worker does not follow
+
+
 def test_the_workers_deployment_has_the_default_schedule():
-    project = yaml.safe_load((Path(__file__).parent.parent / "prefect.yaml").read_text())
+    project = yaml.safe_load((PROJECT / "prefect.yaml").read_text())
     [deployment] = project["deployments"]
     default = ServeParams()
     assert deployment["schedules"] == [{"cron": default.cron, "timezone": default.timezone}]

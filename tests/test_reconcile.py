@@ -19,6 +19,7 @@ import yaml
 
 from flows import reconcile as reconciling
 from flows import runs, stages
+from flows.notify import events_of, nights
 from flows.reconcile import hopeless_predictions, is_lock_file, mended_dvc, mended_runs, reconcile, stale_notes, tidied
 from flows.runs import Run, process_mark, started_after
 from flows.workspace import Workspace
@@ -437,7 +438,7 @@ NIGHT = """
 
     @prefect.flow(name="retrain")
     def retrain():
-        with recorded(Workspace(pathlib.Path(sys.argv[1]))):
+        with recorded(Workspace(pathlib.Path(sys.argv[1])), "20260101-020000"):
             if sys.argv[2] == "fail":
                 raise ValueError("no images")
             train()
@@ -474,6 +475,10 @@ def test_a_night_killed_in_the_middle_is_found_by_the_next(workspace, server):
     with get_client(sync_client=True) as client:
         assert client.read_flow_run(noted.id).state_name == "Crashed"
     assert not file.exists()
+    [record] = nights(workspace)
+    assert (record.run, record.state) == ("20260101-020000", "killed")
+    assert record.headline.startswith(f"killed: process {process.pid} on ")
+    assert events_of("promoted", [record]) == ["promote", "recovery"]
 
 
 @pytest.mark.slow
@@ -484,6 +489,7 @@ def test_a_night_that_fails_in_order_is_noted_as_ended_and_forgotten(workspace, 
     assert noted.ended is not None
     assert reconcile(workspace, print) == []
     assert runs.recorded_runs(workspace) == {}
+    assert nights(workspace) == []  # it has told how it ended itself
 
 
 # --- the temporary server
