@@ -46,6 +46,7 @@ class Trial:
         self.scratch.edit("retrain", stop_grace_seconds=GRACE_SECONDS, class_recall_tolerance=1.0)
         self.scratch.edit("serve", cron="* * * * *", timezone="UTC")
         self.scratch.commit("a night every minute")
+        self.scratch.git("push", "--quiet")
         self.inbox = Inbox(self.scratch, np.random.default_rng(0))
         self.server = Server(self.scratch)
         self.serving = self.scratch.start("nightly", "serve", log=folder / "serve.log")
@@ -66,6 +67,7 @@ class Trial:
         return found
 
     def is_quiet(self) -> bool:
+        """Whether a model is in service and nobody at work."""
         owner = self.scratch.root / ".nightly" / "owner.json"
         return not owner.exists() and (self.scratch.root / "models" / "champion.json").exists()
 
@@ -101,7 +103,7 @@ def outage(trial: Trial) -> dict[str, Any]:
 
 def two_at_once(trial: Trial) -> dict[str, Any]:
     """Start two retrainings at the same moment, between two of the schedule's."""
-    wait(lambda: trial.is_quiet() and datetime.now().second < 20, 180, "a quiet moment")
+    wait(lambda: trial.is_quiet() and 10 < datetime.now().second < 25, 180, "a quiet moment")
     trial.inbox.drop(5)
     logs = [trial.scratch.folder / f"{name}.log" for name in ("one", "other")]
     started = [trial.scratch.start("nightly", "retrain", log=log) for log in logs]
@@ -112,7 +114,7 @@ def two_at_once(trial: Trial) -> dict[str, Any]:
 
 def cancel(trial: Trial) -> dict[str, Any]:
     """Cancel a run in the middle of its training, as a click in the UI does."""
-    wait(lambda: trial.is_quiet() and datetime.now().second < 20, 180, "a quiet moment")
+    wait(lambda: trial.is_quiet() and 10 < datetime.now().second < 25, 180, "a quiet moment")
     trial.inbox.drop(5)
     trial.scratch.edit("train", learning_rate=0.0021)
 
