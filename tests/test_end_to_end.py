@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -33,6 +34,8 @@ def listen(event, arguments):
 
 sys.addaudithook(listen)
 """
+#: What a log without an error line has nowhere.
+TROUBLE = re.compile(r"\b(ERROR|CRITICAL|Traceback|[Ee]rror:|database is locked)")
 
 
 class Workspace:
@@ -61,6 +64,7 @@ class Workspace:
             command, cwd=self.root, env=self.environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
         )
         assert done.returncode == 0, f"{command} ended with {done.returncode}:\n{done.stdout}"
+        assert not TROUBLE.search(done.stdout), done.stdout
         return done.stdout
 
     def edit(self, section: str, **values: object) -> None:
@@ -181,6 +185,12 @@ def test_the_commands_work_on_the_champion(workspace):
     assert "4 (4 ok)" in workspace.run("nightly", "predict", "data/prepared/examples/1", "--out", "somewhere")
     table = pd.read_csv(workspace.root / "somewhere" / "predictions.csv")
     assert len(table) == 4
+
+
+def test_the_logs_have_no_error_line(workspace):
+    logs = {path.name: path.read_text() for path in (workspace.root / ".nightly" / "logs").rglob("*.log")}
+    assert "server.log" in logs
+    assert {name: TROUBLE.findall(text) for name, text in logs.items() if TROUBLE.search(text)} == {}
 
 
 def test_nothing_of_all_this_wants_to_talk_to_another_machine(workspace):

@@ -498,6 +498,38 @@ def test_a_night_on_a_worker_as_the_documentation_sets_it_up(workspace, server, 
     assert "none is known" in page.read_text()  # params.yaml has a schedule, which a worker does not follow
 
 
+def test_nothing_travels_between_tasks_but_paths_and_no_result_is_kept():
+    from prefect import Flow, Task
+    from prefect.cache_policies import NO_CACHE
+
+    import flows.predict
+    import flows.retrain
+    import flows.study
+
+    modules = (flows.predict, flows.retrain, flows.study)
+    found = {f"{module.__name__}.{name}": thing for module in modules for name, thing in vars(module).items()}
+    tasks = {name: task for name, task in found.items() if isinstance(task, Task)}
+    assert len(tasks) > 8
+    assert {name for name, task in tasks.items() if task.cache_policy != NO_CACHE} == set()
+    kept = {
+        name for name, thing in found.items() if isinstance(thing, Task | Flow) and thing.persist_result is not False
+    }
+    assert kept == set()
+
+
+def test_the_settings_that_must_stand_before_prefect_is_imported():
+    program = """if True:
+        import flows
+        from prefect.settings import get_current_settings
+        settings = get_current_settings()
+        print(settings.server.analytics_enabled, settings.results.persist_by_default,
+              settings.server.ephemeral.startup_timeout_seconds)
+    """
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False", "False", "180"]
+
+
 def test_the_workers_deployment_has_the_default_schedule():
     project = yaml.safe_load((PROJECT / "prefect.yaml").read_text())
     [deployment] = project["deployments"]
