@@ -23,7 +23,7 @@ import pandas as pd
 # This script stands beside it, so Python finds it.
 from train_step import CLASSES, NORMALIZATION, SideBySide, noise
 
-from tasks.augment import AugmentParams, EraserParams
+from tasks.augmentation import AugmentParams, EraserParams
 from tasks.checkpoint import Checkpoints
 from tasks.classifier import ModelParams
 from tasks.device import prepare_device

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from tasks.augment import AugmentParams, build_augmentation
+from tasks.augmentation import AugmentParams, build_augmentation
 from tasks.checkpoint import Checkpoints
 from tasks.classifier import ModelParams, build_classifier
 from tasks.data import Split, load_split

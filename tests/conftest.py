@@ -104,7 +104,7 @@ def augmented(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def candidate(prepared: Path, augmented: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The train stage's output: a small network trained on the three colors."""
-    from tasks.augment import AugmentParams
+    from tasks.augmentation import AugmentParams
     from tasks.classifier import ModelParams
     from tasks.recipe import TrainParams
     from tasks.train import train

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tasks.augment import AugmentParams
+from tasks.augmentation import AugmentParams
 from tasks.errors import NightlyError
 from tasks.params import read_section
 from tasks.study import CODE, STUDIED, StudyParams, code_version, family, identity, recipe, result, trials
