@@ -15,7 +15,6 @@ from tasks.bundle import Bundle, Limits, load_bundle, load_keras_model
 from tasks.calibration import apply_temperature, fit_temperature
 from tasks.choice import available, compare, evidence, offered, this_machine
 from tasks.device import prepare_device
-from tasks.drift import Tally, image_statistics
 from tasks.engines import (
     OPENVINO_ENGINES,
     REFERENCE,
@@ -30,6 +29,7 @@ from tasks.errors import NightlyError, run_main
 from tasks.files import publish_directory
 from tasks.params import read_section
 from tasks.quantize import calibration_sample, quantize
+from tasks.tally import Tally, image_statistics
 
 #: Images that an engine's speed is measured on: a few seconds' worth for the slowest. The fastest run them repeatedly.
 SPEED_IMAGES, SPEED_SECONDS = 256, 0.5

@@ -26,6 +26,7 @@ from tasks.plan import PARTS, SUMMARY
 from tasks.prediction import Prediction, plan_prediction, run_shards
 from tasks.progress import progress
 from tasks.store import LocalStore, RemoteStore, is_remote
+from tasks.tally import Tally
 
 REPORT = "report.html"
 THUMBNAIL_PIXELS = 96
@@ -38,7 +39,7 @@ def finish(prediction: Prediction, out: str, files: Input, summary: PredictSumma
     reference = prediction.bundle.reference_file
     if reference.is_file():
         seen = tables.read_tally(prediction.store, prediction.plan)
-        summary.drift = drift.compare(drift.Tally.load(reference), seen, prediction.bundle.classes).facts()
+        summary.drift = drift.compare(Tally.load(reference), seen, prediction.bundle.classes).facts()
     summary.seconds = time.monotonic() - began
     facts = summary.facts()
     if prediction.params.report:

@@ -12,10 +12,10 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet as pq
 
-from tasks.drift import Tally
 from tasks.plan import PARTS, Plan, part_name
 from tasks.rows import SCHEMA, TALLY
 from tasks.store import LocalStore, Store
+from tasks.tally import Tally
 
 #: The dataset's schema, where Parquet's readers look for it.
 SCHEMA_FILE = f"{PARTS}/_common_metadata"

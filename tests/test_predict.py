@@ -8,7 +8,6 @@ import pytest
 
 from tasks.bundle import load_bundle
 from tasks.calibration import apply_temperature
-from tasks.drift import Tally, image_statistics
 from tasks.engines import REFERENCE, open_engine
 from tasks.errors import NightlyError
 from tasks.images import encode_png
@@ -17,6 +16,7 @@ from tasks.outcome import TooManyFailed
 from tasks.plan import read_plan, unfinished
 from tasks.predict import PredictParams, predict
 from tasks.rows import printable
+from tasks.tally import Tally, image_statistics
 from tests.conftest import COLORS, colored_image
 
 COLUMNS = [
