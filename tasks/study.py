@@ -20,7 +20,7 @@ from tasks.resnet import NETWORKS
 VGG = ("vgg16", "vgg19")
 STUDIED = (*(name for name, network in NETWORKS.items() if not network.bottleneck), *VGG)
 #: The modules that decide what numbers come out of a training.
-CODE = ("augmentation", "classifier", "layers", "learner", "loop", "optimizers", "resnet", "study_run")
+CODE = ("augmentation", "classifier", "layers", "learner", "loop", "metrics", "optimizers", "resnet", "study_run")
 #: Parameters of training that say how it is carried out, and not what comes out of it.
 _OPERATIONAL = {"precision", "require_gpu", "checkpoint_seconds"}
 #: Networks of so many layers do not start to converge at the full learning rate (He et al. 2015, section 4.2).

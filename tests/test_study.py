@@ -9,15 +9,18 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 
 from tasks.augmentation import AugmentParams
+from tasks.data import Split
 from tasks.errors import NightlyError
 from tasks.params import read_section
 from tasks.study import CODE, STUDIED, StudyParams, code_version, family, identity, recipe, result, trials
 from tasks.study_report import PUBLISHED, make_headline, make_sentences, write_report
 from tests.test_graph import closure
+from tests.test_loop import memory_for
 
 SMALL = StudyParams(
     networks=("plain20", "resnet20"),
@@ -177,6 +180,27 @@ def test_a_killed_training_ends_with_the_numbers_of_one_that_nobody_disturbed(pr
     # Table 6 of the paper says 0.27 million; with 3 classes in place of 10 it is 455 less than the 10-class network.
     assert found["parameters"] == 269_722 - 7 * 65
     assert not list((tmp_path / "scratch").glob("*/*.npz"))
+
+
+@pytest.mark.slow
+def test_batches_computed_in_parts_are_on_record(prepared, tmp_path, monkeypatch):
+    from tasks.study_run import run
+
+    [_, trial] = trials(prepared, SMALL, AUGMENT)
+    memory_for(monkeypatch, 8)
+    run(prepared, tmp_path / trial.file_name, tmp_path / "scratch", trial, SMALL, AUGMENT)
+    assert result(tmp_path, trial)["micro_batches"] == 2
+
+
+def test_a_network_that_finds_all_classes_alike_is_wrong_as_often_as_a_guess():
+    from tasks.study_run import EVALUATION_BATCH, errors
+
+    class Uniform:
+        def predict(self, batches, verbose):
+            return np.full((len(batches) * EVALUATION_BATCH, 10), 0.1, np.float32)
+
+    split = Split(np.zeros((20, 8, 8, 3), np.uint8), np.tile(np.eye(10, dtype=np.float32), (2, 1)))
+    assert errors(Uniform(), split) == (0.9, 0.5)
 
 
 @pytest.mark.slow
