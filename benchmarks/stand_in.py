@@ -19,7 +19,6 @@ from tasks.files import publish_directory, read_json, write_json, write_text
 from tasks.params import read_params_file
 
 STEPS, STEP_SECONDS = 50, 0.02
-WEIGHTS = "weights.npz"
 
 
 def augment(prepared: Path, out: Path, preview: Path) -> None:

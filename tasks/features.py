@@ -225,7 +225,7 @@ def choose_precision(asked: str, gpu: bool) -> str:
     """Return the precision for ``asked``, ``auto`` included, on this machine.
 
     Raises:
-        NightlyError: the processor does not compute in bfloat16, or int8 lacks its package.
+        NightlyError: the processor does not compute in bfloat16.
     """
     if gpu:
         return "float32" if asked == "float32" else "bfloat16"
@@ -235,13 +235,6 @@ def choose_precision(asked: str, gpu: bool) -> str:
         raise NightlyError(
             "train.probe.precision bfloat16 needs a processor with bfloat16 instructions; float32 and int8 work here"
         )
-    if asked == "int8":
-        try:
-            importlib.metadata.version("nncf")
-        except importlib.metadata.PackageNotFoundError:
-            raise NightlyError(
-                "train.probe.precision int8 needs the package nncf: install it, or choose auto, float32 or bfloat16"
-            ) from None
     return asked
 
 

@@ -122,9 +122,7 @@ def run_shards(prediction: Prediction, shards: list[int], files: Input, advance:
     began, first = time.monotonic(), None
     engine = open_engine(prediction.bundle, prediction.engine, batch_size=prediction.params.batch_size)
     with stop_requests() as stop:
-        rows = write_parts(
-            prediction.store, prediction.plan, shards, files, prediction.bundle.decode, engine, prediction.answering
-        )
+        rows = write_parts(prediction.store, shards, files, prediction.bundle.decode, engine, prediction.answering)
         with contextlib.closing(rows):
             for _ in rows:
                 if first is None:
@@ -193,9 +191,7 @@ def classify_shard(order: Order, shard: int) -> int:
         loaded = _load(order)
     if loaded.store.exists(f"{PARTS}/{part_name(shard)}"):
         return shard_length(loaded.plan, shard)
-    rows = write_parts(
-        loaded.store, loaded.plan, [shard], loaded.files, loaded.bundle.decode, loaded.engine, loaded.answering
-    )
+    rows = write_parts(loaded.store, [shard], loaded.files, loaded.bundle.decode, loaded.engine, loaded.answering)
     with loaded.turn if loaded.engine.name == REFERENCE else contextlib.nullcontext():
         return sum(1 for _ in rows)
 

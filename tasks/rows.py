@@ -18,7 +18,7 @@ from tasks.calibration import apply_temperature
 from tasks.engines import Engine, batched
 from tasks.images import DecodePolicy, Status, decode
 from tasks.inputs import Input
-from tasks.plan import PARTS, Plan, part_name, read_shard
+from tasks.plan import PARTS, part_name, read_shard
 from tasks.store import Store
 from tasks.tally import Tally, image_statistics
 
@@ -190,7 +190,6 @@ class Part:
 
 def write_parts(
     store: Store,
-    plan: Plan,
     shards: Iterable[int],
     source: Input,
     policy: DecodePolicy,

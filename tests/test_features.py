@@ -116,19 +116,9 @@ def test_precisions_of_this_machine():
     ]
 
 
-def test_int8_without_its_package_or_images_is_one_line(extractor, tmp_path, monkeypatch):
+def test_int8_without_images_is_one_line(extractor, tmp_path):
     with pytest.raises(NightlyError, match="int8 needs training images"):
         source(extractor, tmp_path, "int8", calibration=noise(0))
-    real = tasks.features.importlib.metadata.version
-
-    def version(name):
-        if name == "nncf":
-            raise tasks.features.importlib.metadata.PackageNotFoundError(name)
-        return real(name)
-
-    monkeypatch.setattr(tasks.features.importlib.metadata, "version", version)
-    with pytest.raises(NightlyError, match="int8 needs the package nncf"):
-        choose_precision("int8", gpu=False)
 
 
 def test_a_second_run_computes_nothing(extractor, tmp_path, computed):
