@@ -21,10 +21,10 @@ from tasks.engines import REFERENCE, Engine, open_engine
 from tasks.errors import Interrupted, NightlyError
 from tasks.inputs import Input, open_input
 from tasks.outcome import PredictParams
-from tasks.plan import PARTS, Plan, part_name, shard_length
+from tasks.plan import Plan, part_name, shard_length
 from tasks.rows import Answering, write_parts
 from tasks.signals import stop_requests
-from tasks.store import Store, open_store
+from tasks.store import PARTS, SUMMARY, Store, open_store
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ def plan_prediction(
     listing = files.find(params.include, params.exclude)
     changed = 0
     # At an address a complete result is where an unfinished one is, and its rows are of the files as they were then.
-    if found is not None and plan.digest(listing) != found.listing and store.exists(plan.SUMMARY):
+    if found is not None and plan.digest(listing) != found.listing and store.exists(SUMMARY):
         found = None
     if found is None:
         if not listing.paths:

@@ -18,8 +18,8 @@ from tasks.calibration import apply_temperature
 from tasks.engines import Engine, batched
 from tasks.images import DecodePolicy, Status, decode
 from tasks.inputs import Input
-from tasks.plan import PARTS, part_name, read_shard
-from tasks.store import Store
+from tasks.plan import part_name, read_shard
+from tasks.store import PARTS, Store
 from tasks.tally import Tally, image_statistics
 
 SCHEMA = pa.schema(
