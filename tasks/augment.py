@@ -3,15 +3,14 @@
 import argparse
 import os
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
 from tasks.augmentation import AugmentParams, build_augmentation
+from tasks.data import Split, load_split, npy_header
 from tasks.device import prepare_device
 from tasks.errors import NightlyError, run_main
 from tasks.files import publish_directory, publish_file, read_json, write_json
@@ -109,8 +108,8 @@ def augment(prepared: Path, out: Path, preview: Path, params: AugmentParams) -> 
     Raises:
         NightlyError: the parameters do not suit the images' size.
     """
-    images = np.load(prepared / "train" / "images.npy", mmap_mode="r")
-    labels = np.load(prepared / "train" / "targets.npy", mmap_mode="r").argmax(axis=1)
+    split = load_split(prepared, "train")
+    images, labels = split.images, split.targets.argmax(axis=1)
     classes = read_json(prepared / "classes.json")
     if not len(images):
         raise NightlyError(f"{prepared / 'train'} holds no images to augment")
@@ -129,7 +128,7 @@ def augment(prepared: Path, out: Path, preview: Path, params: AugmentParams) -> 
     rows = [(classes[index], firsts[i], draws[i]) for i, index in enumerate(shown)]
     some = f", {len(shown)} of {len(classes)} classes" if len(shown) < len(classes) else ""
     with publish_directory(out) as partial:
-        summary["copies"] = write_copies(params, prepared / "train", partial)
+        summary["copies"] = write_copies(params, split, partial)
         write_json(partial / "summary.json", summary)
         with publish_file(preview) as picture:
             draw_preview(picture, rows, f"Augmentation{some}", describe(params))
@@ -138,27 +137,27 @@ def augment(prepared: Path, out: Path, preview: Path, params: AugmentParams) -> 
     return AugmentSummary(len(sample), summary["eraser"]["erased_fraction"], speed, copies["images"], copies["bytes"])
 
 
-def write_copies(params: AugmentParams, split: Path, out: Path, seed: int = COPIES_SEED) -> dict[str, int]:
+def write_copies(params: AugmentParams, split: Split, out: Path, seed: int = COPIES_SEED) -> dict[str, int]:
     """Write ``params.copies`` augmented copies of a split: copy k of its N images' image i is row k * N + i.
 
     Args:
-        split: holds ``images.npy`` and ``targets.npy``.
-        out: receives files of the same names, or none if no copies are asked for.
+        out: receives ``images.npy`` and ``targets.npy``, or neither if no copies are asked for.
 
     Returns:
         How many ``images`` were written, and their ``bytes``.
     """
-    images = np.load(split / "images.npy", mmap_mode="r")
-    targets = np.load(split / "targets.npy", mmap_mode="r")
+    images, targets = split.images, split.targets
     written = {"images": params.copies * len(images), "bytes": params.copies * images.nbytes}
     if not params.copies:
         return written
     augmentation = build_augmentation(params, images.shape[1:], seed)
     with (
-        _array_file(out / "images.npy", images, params.copies) as image_file,
-        _array_file(out / "targets.npy", targets, params.copies) as target_file,
+        (out / "images.npy").open("wb") as image_file,
+        (out / "targets.npy").open("wb") as target_file,
         progress("Augmented copies", written["images"]) as advance,
     ):
+        for file, rows in ((image_file, images), (target_file, targets)):
+            file.write(npy_header((params.copies * len(rows), *rows.shape[1:]), rows.dtype))
         for _ in range(params.copies):
             for start in range(0, len(images), BATCH):
                 batch = images[start : start + BATCH]
@@ -166,19 +165,6 @@ def write_copies(params: AugmentParams, split: Path, out: Path, seed: int = COPI
                 target_file.write(targets[start : start + BATCH].tobytes())
                 advance(len(batch))
     return written
-
-
-@contextmanager
-def _array_file(path: Path, like: np.ndarray, copies: int) -> Iterator[BinaryIO]:
-    """Open an ``.npy`` file whose rows are to be written one after the other, ``copies`` times those of ``like``.
-
-    Written, not mapped into memory: where a full disk stops a write with an error, it kills a mapping's owner.
-    """
-    with path.open("wb") as file:
-        shape = (copies * len(like), *like.shape[1:])
-        header = {"descr": np.lib.format.dtype_to_descr(like.dtype), "fortran_order": False, "shape": shape}
-        np.lib.format.write_array_header_1_0(file, header)
-        yield file
 
 
 def main() -> None:

@@ -12,6 +12,7 @@ from PIL import Image
 
 from tasks.augment import PREVIEW_DRAWS, apply, augment, measure, write_copies
 from tasks.augmentation import AugmentParams, EraserParams, build_augmentation
+from tasks.data import load_split
 from tasks.errors import NightlyError
 from tasks.files import read_json, write_json
 from tasks.params import parse_section
@@ -221,7 +222,7 @@ def test_the_seed_decides_on_the_copies(tmp_path):
     found = []
     for name, seed in (("first", 1), ("again", 1), ("other", 2)):
         (tmp_path / name).mkdir()
-        write_copies(params, prepared / "train", tmp_path / name, seed)
+        write_copies(params, load_split(prepared, "train"), tmp_path / name, seed)
         found.append((tmp_path / name / "images.npy").read_bytes())
     assert found[0] == found[1] != found[2]
 
