@@ -44,7 +44,7 @@ class NightlyRunner(Runner):
         return self
 
     def handle_sigterm(self, number: int, *_: object) -> None:
-        # Tasks that are cancelled on the way out have nothing to report.
+        # Tasks that are canceled on the way out have nothing to report.
         logging.getLogger("asyncio").setLevel(logging.CRITICAL)
         sys.exit(128 + number if number == signal.SIGINT else 0)
 

@@ -1,4 +1,4 @@
-"""Source images into split, resized, one-hot-labelled arrays that every later stage maps into memory."""
+"""Source images into split, resized, one-hot-labeled arrays that every later stage maps into memory."""
 
 import argparse
 import hashlib
@@ -188,11 +188,11 @@ def check_gates(manifest: pd.DataFrame, params: PrepareParams) -> None:
 
 
 def prepare(raw: Path, additions: Path, out: Path, card: Path, params: PrepareParams) -> PrepareSummary:
-    """Turn source images into split, resized, one-hot-labelled arrays.
+    """Turn source images into split, resized, one-hot-labeled arrays.
 
     Args:
         raw: the download stage's output.
-        additions: archives of labelled images that came in since; may be empty or absent. They enter the
+        additions: archives of labeled images that came in since; may be empty or absent. They enter the
             training and validation splits only.
         out: receives ``{train,validation,test}/images.npy`` (uint8 (N, size, size, 3) RGB) and ``targets.npy``
             (float32 (N, C) one-hot), ``classes.json``, ``normalization.json``, ``manifest.parquet`` (a row per
