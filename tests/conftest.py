@@ -94,6 +94,14 @@ def tiny_backbone() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
+def layers():
+    """The module, which needs Keras."""
+    from tasks import layers
+
+    return layers
+
+
+@pytest.fixture(scope="session")
 def augmented(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What training wants to see of the augment stage."""
     folder = tmp_path_factory.mktemp("augmented")

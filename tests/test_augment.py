@@ -17,15 +17,12 @@ from tasks.errors import NightlyError
 from tasks.files import read_json, write_json
 from tasks.params import parse_section
 from tasks.preview import describe, draw_preview
+from tests.chance import noise
 
 NOTHING = AugmentParams(shift_pixels=0, eraser=EraserParams(p=0))
 EVERYTHING = AugmentParams(
     flip_horizontal=True, flip_vertical=True, shift_pixels=2, eraser=EraserParams(p=0.5, pixel_level=True)
 )
-
-
-def noise(count: int, height: int = 12, width: int = 12) -> np.ndarray:
-    return np.random.default_rng(0).integers(0, 256, (count, height, width, 3), dtype=np.uint8)
 
 
 def write_prepared(root: Path, images: np.ndarray, labels: np.ndarray, classes: list[str]) -> Path:
