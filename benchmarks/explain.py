@@ -26,6 +26,7 @@ import numpy as np
 
 from tasks.bundle import load_bundle, load_keras_model
 from tasks.calibration import apply_temperature
+from tasks.data import load_split
 from tasks.device import prepare_device
 from tasks.engines import KERAS_BATCH, KerasEngine
 from tasks.heat import GradCam
@@ -66,8 +67,8 @@ def main() -> None:
     bundle = load_bundle(options.model or champion_path(Path("models")))
     network = load_keras_model(bundle)
     engine, gradcam = KerasEngine(network, KERAS_BATCH), GradCam(network)
-    images = np.load(options.prepared / "test" / "images.npy", mmap_mode="r")
-    targets = np.load(options.prepared / "test" / "targets.npy", mmap_mode="r").argmax(axis=1)
+    test = load_split(options.prepared, "test")
+    images, targets = test.images, test.targets.argmax(axis=1)
     # Not the first ones: a source's images may stand class by class.
     drawn = np.sort(np.random.default_rng(0).permutation(len(images))[: options.images])
     images, targets = images[drawn], targets[drawn]

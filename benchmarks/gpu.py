@@ -23,7 +23,7 @@ import pandas as pd
 # This script stands beside it, so Python finds it.
 from train_step import CLASSES, NORMALIZATION, SideBySide, noise
 
-from tasks.augment import AugmentParams, EraserParams
+from tasks.augmentation import AugmentParams, EraserParams
 from tasks.checkpoint import Checkpoints
 from tasks.classifier import ModelParams
 from tasks.device import prepare_device
@@ -107,7 +107,7 @@ def speed(device: Any, pixels: int, batch_size: int, steps: int, rounds: int) ->
     return found
 
 
-def from_scratch(device: Any, options: argparse.Namespace, images_per_second: float) -> dict[str, Any]:
+def from_scratch(options: argparse.Namespace, images_per_second: float) -> dict[str, Any]:
     """Train on CIFAR-10 for about ``--minutes`` and measure on its 10,000 test images."""
     from tasks.bundle import load_bundle, load_keras_model
     from tasks.data import load_split
@@ -179,7 +179,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     found["speed"] = [speed(device, *size, options.steps, options.rounds) for size in sizes]
     if options.source:
         best = max((row.get("fit", 0) for row in found["speed"] if row["pixels"] == 128), default=1000)
-        found["from_scratch"] = from_scratch(device, options, best)
+        found["from_scratch"] = from_scratch(options, best)
     return found
 
 

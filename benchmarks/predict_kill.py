@@ -33,7 +33,7 @@ import numpy as np
 import pyarrow.parquet as pq
 from natsort import natsorted
 
-from tasks.plan import PARTS, PLAN
+from tasks.store import PARTS, PLAN
 
 ROOT = Path(__file__).resolve().parent.parent
 STAGES = ["planning", "classifying", "finishing"]

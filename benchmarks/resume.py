@@ -102,7 +102,8 @@ def main() -> None:
                 params,
             )
         )
-        finish(stage("augment", "--prepared", "prepared", "--out", "augmented", "--params", params))
+        outputs = ["--out", "augmented", "--preview", "preview.png"]
+        finish(stage("augment", "--prepared", "prepared", *outputs, "--params", params))
 
         def train(name: str) -> "subprocess.Popen[str]":
             inputs = ["--prepared", "prepared", "--augmented", "augmented", "--models", "none", "--params", params]

@@ -19,10 +19,10 @@ from tasks.files import publish_directory, read_json, write_json, write_text
 from tasks.params import read_params_file
 
 STEPS, STEP_SECONDS = 50, 0.02
-WEIGHTS = "weights.npz"
 
 
-def augment(prepared: Path, out: Path) -> None:
+def augment(prepared: Path, out: Path, preview: Path) -> None:
+    preview.touch()
     with publish_directory(out) as partial:
         write_json(partial / "summary.json", {"images": len(load_split(prepared, "train").images)})
 
@@ -133,12 +133,12 @@ def _softmax(logits: np.ndarray) -> np.ndarray:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("stage", choices=["augment", "train", "export", "evaluate"])
-    for name in ("prepared", "augmented", "candidate", "exported", "models", "scratch", "out"):
+    for name in ("prepared", "augmented", "candidate", "exported", "models", "scratch", "out", "preview"):
         parser.add_argument(f"--{name}", type=Path)
     parser.add_argument("--params", type=Path, default=Path("params.yaml"))
     args = parser.parse_args()
     if args.stage == "augment":
-        augment(args.prepared, args.out)
+        augment(args.prepared, args.out, args.preview)
     elif args.stage == "train":
         train(args.prepared, args.out, read_params_file(args.params)["train"]["learning_rate"])
     elif args.stage == "export":

@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from tasks.augment import AugmentParams, EraserParams
+from tasks.augmentation import AugmentParams, EraserParams
 from tasks.checkpoint import Checkpoints
 from tasks.classifier import ModelParams
 from tasks.data import Split

@@ -22,6 +22,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, model_va
 
 from flows.workspace import Workspace
 from tasks.errors import NightlyError
+from tasks.files import append_line
 from tasks.params import Section, parse_section, read_params_file
 
 Event = Literal["promote", "hold", "failure", "recovery"]
@@ -239,15 +240,7 @@ def record_night(workspace: Workspace, run: str, state: State, started: datetime
     seconds = round((ended - started).total_seconds(), 1)
     times = [moment.astimezone(UTC).isoformat(timespec="seconds") for moment in (started, ended)]
     record = Record(run, state, *times, seconds, headline)
-    line = json.dumps(asdict(record), ensure_ascii=False) + "\n"
-    workspace.state.mkdir(exist_ok=True)
-    with _file(workspace).open("a+b", buffering=0) as file:
-        if file.seek(0, os.SEEK_END):
-            file.seek(-1, os.SEEK_END)
-            if file.read(1) != b"\n":
-                line = "\n" + line
-        file.write(line.encode("utf-8", errors="backslashreplace"))
-        os.fsync(file.fileno())
+    append_line(_file(workspace), json.dumps(asdict(record), ensure_ascii=False))
     return record
 
 

@@ -91,7 +91,7 @@ class NightlyRunner(Runner):
             self._cancelling_observer._cancelling_flow_run_ids.discard(run_id)
 
     def handle_sigterm(self, number: int, *_: object) -> None:
-        # Tasks that are cancelled on the way out have nothing to report.
+        # Tasks that are canceled on the way out have nothing to report.
         logging.getLogger("asyncio").setLevel(logging.CRITICAL)
         sys.exit(128 + number if number == signal.SIGINT else 0)
 

@@ -167,7 +167,7 @@ class Inspector:
 def _zip_members(archive: Path, inspector: Inspector) -> Iterator[tuple[str, bytes]]:
     with zipfile.ZipFile(archive) as opened:
         for info in opened.infolist():
-            raw_name = _zip_name(info, inspector)
+            raw_name = zip_name(info)
             name = inspector.admit(raw_name, info.file_size, is_folder=raw_name.endswith("/"))
             if stat.S_IFMT(info.external_attr >> 16) not in (0, stat.S_IFREG, stat.S_IFDIR):
                 raise inspector.refuse(raw_name, "it is a link or a device; only files are allowed")
@@ -186,14 +186,14 @@ def _zip_members(archive: Path, inspector: Inspector) -> Iterator[tuple[str, byt
             yield name, data
 
 
-def _zip_name(info: zipfile.ZipInfo, inspector: Inspector) -> str:
-    """Return the name as UTF-8: several systems write it so without setting the flag that says so."""
+def zip_name(info: zipfile.ZipInfo) -> str:
+    """Return the name as UTF-8, with surrogate escapes: several systems write it so without the flag that says so."""
     if info.flag_bits & 0x800 or info.filename.isascii():
         return info.filename
     try:
-        return info.filename.encode("cp437").decode("utf-8")
-    except UnicodeError:
-        raise inspector.refuse(info.filename, "its name is not UTF-8") from None
+        return info.filename.encode("cp437").decode("utf-8", "surrogateescape")
+    except UnicodeEncodeError:  # it came from an extra field for names in Unicode
+        return info.filename
 
 
 class StrictTarInfo(tarfile.TarInfo):

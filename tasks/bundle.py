@@ -19,7 +19,7 @@ from tasks.params import Section
 FORMAT = 1
 MODEL_FILE = "model.keras"
 FACTS_FILE = "bundle.json"
-#: Drift statistics of the validation split, see ``tasks.drift.Tally``.
+#: Drift statistics of the validation split, see ``tasks.tally.Tally``.
 REFERENCE_FILE = "reference.npz"
 
 

@@ -15,6 +15,7 @@ from tasks import metrics
 from tasks.bundle import Bundle, Limits, load_bundle, load_keras_model
 from tasks.calibration import apply_temperature
 from tasks.choice import available, compare, evidence, offered
+from tasks.data import load_split
 from tasks.engines import REFERENCE, Engine, open_engine
 from tasks.errors import NightlyError, run_main
 from tasks.files import publish_directory, read_json, write_json, write_text
@@ -195,10 +196,9 @@ def evaluate(
     Raises:
         NightlyError: the test split is empty, or its classes or image size are not the model's.
     """
-    bundle = load_bundle(exported)
+    bundle, test = load_bundle(exported), load_split(prepared, "test")
+    images, targets = test.images, test.targets.argmax(axis=1)
     facts = read_json(prepared / "prepared.json")
-    images = np.load(prepared / "test" / "images.npy", mmap_mode="r")
-    targets = np.load(prepared / "test" / "targets.npy").argmax(axis=1)
     _check_test_split(bundle, read_json(prepared / "classes.json"), images)
     probabilities = {}
     for name in [REFERENCE, *(name for name in bundle.engines if name != REFERENCE and available(bundle, name))]:

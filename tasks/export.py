@@ -14,8 +14,8 @@ from pydantic import Field
 from tasks.bundle import Bundle, Limits, load_bundle, load_keras_model
 from tasks.calibration import apply_temperature, fit_temperature
 from tasks.choice import available, compare, evidence, offered, this_machine
+from tasks.data import load_split
 from tasks.device import prepare_device
-from tasks.drift import Tally, image_statistics
 from tasks.engines import (
     OPENVINO_ENGINES,
     REFERENCE,
@@ -30,6 +30,7 @@ from tasks.errors import NightlyError, run_main
 from tasks.files import publish_directory
 from tasks.params import read_section
 from tasks.quantize import calibration_sample, quantize
+from tasks.tally import Tally, image_statistics
 
 #: Images that an engine's speed is measured on: a few seconds' worth for the slowest. The fastest run them repeatedly.
 SPEED_IMAGES, SPEED_SECONDS = 256, 0.5
@@ -109,13 +110,13 @@ def export(candidate: Path, prepared: Path, out: Path, params: ExportParams) -> 
         NightlyError: OpenVINO in float32 does not agree with Keras.
     """
     prepare_device()
-    images = np.load(prepared / "validation" / "images.npy", mmap_mode="r")
-    targets = np.load(prepared / "validation" / "targets.npy", mmap_mode="r").argmax(axis=1)
+    training, validation = load_split(prepared, "train"), load_split(prepared, "validation")
+    images, targets = validation.images, validation.targets.argmax(axis=1)
     with publish_directory(out) as partial:
         shutil.copytree(candidate, partial, dirs_exist_ok=True)
         limits = Limits(minimum_agreement=params.minimum_agreement, maximum_loss=params.maximum_loss)
         bundle = load_bundle(partial).changed(limits=limits, machine=this_machine())
-        write_engines(bundle, np.load(prepared / "train" / "images.npy", mmap_mode="r"), params)
+        write_engines(bundle, training.images, params)
         keras_engine = open_engine(bundle, REFERENCE)
         raw, features = keras_engine.run(images)
         temperature = fit_temperature(raw, targets)

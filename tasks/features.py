@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from tasks.data import npy_header
 from tasks.device import prepare_device
 from tasks.engines import (
     CPU_BATCH,
@@ -136,7 +137,7 @@ class FeatureSource:
 
     def _start(self, unfinished: Path, shape: tuple[int, int]) -> int:
         """Return how many rows are there already; make an empty file and room for it if none are."""
-        file, header = unfinished / "features.npy", _header(shape)
+        file, header = unfinished / "features.npy", npy_header(shape, np.float32)
         done = unfinished / "progress.json"
         if done.is_file() and file.is_file():
             rows = read_json(done)["rows"]
@@ -159,7 +160,7 @@ class FeatureSource:
         row_bytes = 4 * int(self._key["features"])
         with (folder / "features.npy").open("r+b") as file:
             # What stands after the last row that is known to be on the disk may be anything.
-            file.truncate(len(_header((len(images), row_bytes // 4))) + rows * row_bytes)
+            file.truncate(len(npy_header((len(images), row_bytes // 4), np.float32)) + rows * row_bytes)
             file.seek(0, io.SEEK_END)
             with (
                 stop_requests() as stop,
@@ -225,7 +226,7 @@ def choose_precision(asked: str, gpu: bool) -> str:
     """Return the precision for ``asked``, ``auto`` included, on this machine.
 
     Raises:
-        NightlyError: the processor does not compute in bfloat16, or int8 lacks its package.
+        NightlyError: the processor does not compute in bfloat16.
     """
     if gpu:
         return "float32" if asked == "float32" else "bfloat16"
@@ -235,13 +236,6 @@ def choose_precision(asked: str, gpu: bool) -> str:
         raise NightlyError(
             "train.probe.precision bfloat16 needs a processor with bfloat16 instructions; float32 and int8 work here"
         )
-    if asked == "int8":
-        try:
-            importlib.metadata.version("nncf")
-        except importlib.metadata.PackageNotFoundError:
-            raise NightlyError(
-                "train.probe.precision int8 needs the package nncf: install it, or choose auto, float32 or bfloat16"
-            ) from None
     return asked
 
 
@@ -293,13 +287,6 @@ def _open_entry(entry: Path, shape: tuple[int, int]) -> np.ndarray | None:
     except (ValueError, OSError):
         return None
     return found if found.shape == shape and found.dtype == np.float32 else None
-
-
-def _header(shape: tuple[int, int]) -> bytes:
-    """Return how an ``.npy`` file of float32 begins."""
-    buffer = io.BytesIO()
-    np.lib.format.write_array_header_1_0(buffer, {"descr": "<f4", "fortran_order": False, "shape": shape})
-    return buffer.getvalue()
 
 
 def _digest(arrays: Iterable[np.ndarray]) -> str:

@@ -91,6 +91,22 @@ def write_json(destination: Path, value: Any) -> None:
     write_text(destination, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
+def append_line(path: Path, line: str) -> None:
+    """Add ``line`` as UTF-8 with one write, on a line of its own even if a crash tore the last one.
+
+    A lone surrogate, which UTF-8 has no bytes for, is written as an escape: in JSON it reads as the same one.
+    """
+    data = f"{line}\n".encode("utf-8", "backslashreplace")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a+b", buffering=0) as file:
+        if file.seek(0, os.SEEK_END):
+            file.seek(-1, os.SEEK_END)
+            if file.read(1) != b"\n":
+                data = b"\n" + data
+        file.write(data)
+        os.fsync(file.fileno())
+
+
 def read_json(path: Path) -> Any:
     """Return the value in a JSON file."""
     return json.loads(path.read_text(encoding="utf-8"))

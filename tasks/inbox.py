@@ -1,4 +1,4 @@
-"""New labelled images: out of the inbox, into one immutable archive of additions or into quarantine.
+"""New labeled images: out of the inbox, into one immutable archive of additions or into quarantine.
 
 What is not packed is quarantined, never deleted: bad files, images of unknown classes, contradicting labels, copies of
 the source's images. A file is removed only when its bytes were just read out of an archive or of the quarantine. That

@@ -23,6 +23,7 @@ from tasks.archives import (
     StrictTarInfo,
     archive_suffix,
     decompressed,
+    zip_name,
 )
 from tasks.errors import NightlyError
 from tasks.files import publish_file
@@ -164,7 +165,7 @@ class ZipMembers(Members):
                 elif info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
                     problem = f"compressed by method {info.compress_type}, neither 'stored' nor 'deflate'"
                 facts = info.header_offset, info.compress_size, info.file_size, info.CRC, info.compress_type
-                self._add(_plain(_zip_name(info)), _MEMBER.pack(*facts), problem)
+                self._add(_plain(zip_name(info)), _MEMBER.pack(*facts), problem)
 
     def _read(self, begin: int, packed: int, size: int, crc: int, method: int) -> bytes | None:
         # Not by ZipFile: it would keep a kilobyte for each member, and threads would wait for each other.
@@ -233,13 +234,3 @@ def _unpacked(file: Path, suffix: str, scratch: Path) -> Path:
 def _plain(name: str) -> str:
     """Return a member's name as unpacking would make it: below the top folder, without '.', '..' and '//'."""
     return posixpath.normpath(f"/{name}").lstrip("/") or "."
-
-
-def _zip_name(info: zipfile.ZipInfo) -> str:
-    """Return the name as UTF-8: several systems write it so without setting the flag that says so."""
-    if info.flag_bits & 0x800 or info.filename.isascii():
-        return info.filename
-    try:
-        return os.fsdecode(info.filename.encode("cp437"))
-    except UnicodeEncodeError:  # it came from an extra field for names in Unicode
-        return info.filename

@@ -15,9 +15,9 @@ import yaml
 
 from tasks.bundle import Bundle
 from tasks.choice import evidence
-from tasks.drift import Tally
 from tasks.judge import Metrics, hollow_figures
 from tasks.pages import counted, percent, rows_of
+from tasks.tally import Tally
 
 CARD = "card.md"
 #: Classes that a table lists, the worst first.

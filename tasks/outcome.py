@@ -8,7 +8,7 @@ from pydantic import Field
 
 from tasks.errors import NightlyError
 from tasks.params import Section
-from tasks.plan import PARTS
+from tasks.store import PARTS
 from tasks.tables import Counts
 
 

@@ -25,12 +25,9 @@ from tasks.errors import NightlyError
 from tasks.images import Status
 from tasks.inputs import Listing
 from tasks.params import Section
-from tasks.store import LocalStore, RemoteStore, Store, is_remote
+from tasks.store import FILES, PARTS, PLAN, LocalStore, RemoteStore, Store, is_remote
 
 FORMAT = 1
-PLAN, FILES, PARTS = "plan/plan.json", "plan/files.parquet", "predictions.parquet"
-#: Written last: it is there exactly if a result is complete.
-SUMMARY = "summary.json"
 #: Statuses of which another look may make something else, although the file is as it was.
 _TRANSIENT = {Status.UNREADABLE, Status.VANISHED}
 #: What of a plan's identity is asked, not answered.

@@ -22,14 +22,12 @@ from tasks.images import decode
 from tasks.inputs import Input, open_input
 from tasks.outcome import PredictParams, PredictSummary, TooManyFailed
 from tasks.params import read_section
-from tasks.plan import PARTS, SUMMARY
 from tasks.prediction import Prediction, plan_prediction, run_shards
 from tasks.progress import progress
-from tasks.store import LocalStore, RemoteStore, is_remote
+from tasks.store import OWN, REPORT, SUMMARY, LocalStore, RemoteStore, is_remote
+from tasks.tally import Tally
 
-REPORT = "report.html"
 THUMBNAIL_PIXELS = 96
-_OWN = {"plan", PARTS, SUMMARY, REPORT, *tables.TABLES.values()}
 
 
 def finish(prediction: Prediction, out: str, files: Input, summary: PredictSummary, began: float) -> None:
@@ -38,7 +36,7 @@ def finish(prediction: Prediction, out: str, files: Input, summary: PredictSumma
     reference = prediction.bundle.reference_file
     if reference.is_file():
         seen = tables.read_tally(prediction.store, prediction.plan)
-        summary.drift = drift.compare(drift.Tally.load(reference), seen, prediction.bundle.classes).facts()
+        summary.drift = drift.compare(Tally.load(reference), seen, prediction.bundle.classes).facts()
     summary.seconds = time.monotonic() - began
     facts = summary.facts()
     if prediction.params.report:
@@ -215,7 +213,7 @@ def _check_out(out: str) -> None:
         return
     if not path.is_dir():
         raise NightlyError(f"--out must be a directory, but '{path}' is a file")
-    strangers = {entry.name for entry in path.iterdir()} - _OWN
+    strangers = {entry.name for entry in path.iterdir()} - {name.split("/")[0] for name in OWN}
     if strangers:
         raise NightlyError(
             f"--out '{out}' holds other files ({sorted(strangers)[0]}): give a new directory or an earlier result's"

@@ -21,10 +21,10 @@ from tasks.engines import REFERENCE, Engine, open_engine
 from tasks.errors import Interrupted, NightlyError
 from tasks.inputs import Input, open_input
 from tasks.outcome import PredictParams
-from tasks.plan import PARTS, Plan, part_name, shard_length
+from tasks.plan import Plan, part_name, shard_length
 from tasks.rows import Answering, write_parts
 from tasks.signals import stop_requests
-from tasks.store import Store, open_store
+from tasks.store import PARTS, SUMMARY, Store, open_store
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ def plan_prediction(
     listing = files.find(params.include, params.exclude)
     changed = 0
     # At an address a complete result is where an unfinished one is, and its rows are of the files as they were then.
-    if found is not None and plan.digest(listing) != found.listing and store.exists(plan.SUMMARY):
+    if found is not None and plan.digest(listing) != found.listing and store.exists(SUMMARY):
         found = None
     if found is None:
         if not listing.paths:
@@ -122,9 +122,7 @@ def run_shards(prediction: Prediction, shards: list[int], files: Input, advance:
     began, first = time.monotonic(), None
     engine = open_engine(prediction.bundle, prediction.engine, batch_size=prediction.params.batch_size)
     with stop_requests() as stop:
-        rows = write_parts(
-            prediction.store, prediction.plan, shards, files, prediction.bundle.decode, engine, prediction.answering
-        )
+        rows = write_parts(prediction.store, shards, files, prediction.bundle.decode, engine, prediction.answering)
         with contextlib.closing(rows):
             for _ in rows:
                 if first is None:
@@ -193,9 +191,7 @@ def classify_shard(order: Order, shard: int) -> int:
         loaded = _load(order)
     if loaded.store.exists(f"{PARTS}/{part_name(shard)}"):
         return shard_length(loaded.plan, shard)
-    rows = write_parts(
-        loaded.store, loaded.plan, [shard], loaded.files, loaded.bundle.decode, loaded.engine, loaded.answering
-    )
+    rows = write_parts(loaded.store, [shard], loaded.files, loaded.bundle.decode, loaded.engine, loaded.answering)
     with loaded.turn if loaded.engine.name == REFERENCE else contextlib.nullcontext():
         return sum(1 for _ in rows)
 

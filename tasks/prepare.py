@@ -1,4 +1,4 @@
-"""Source images into split, resized, one-hot-labelled arrays that every later stage maps into memory."""
+"""Source images into split, resized, one-hot-labeled arrays that every later stage maps into memory."""
 
 import argparse
 import hashlib
@@ -15,6 +15,7 @@ import pandas as pd
 from natsort import natsort_keygen, natsorted
 from pydantic import Field, model_validator
 
+from tasks.data import npy_header
 from tasks.datacard import render_data_card
 from tasks.duplicates import mark_duplicates, near_duplicates
 from tasks.errors import NightlyError, run_main
@@ -187,11 +188,11 @@ def check_gates(manifest: pd.DataFrame, params: PrepareParams) -> None:
 
 
 def prepare(raw: Path, additions: Path, out: Path, card: Path, params: PrepareParams) -> PrepareSummary:
-    """Turn source images into split, resized, one-hot-labelled arrays.
+    """Turn source images into split, resized, one-hot-labeled arrays.
 
     Args:
         raw: the download stage's output.
-        additions: archives of labelled images that came in since; may be empty or absent. They enter the
+        additions: archives of labeled images that came in since; may be empty or absent. They enter the
             training and validation splits only.
         out: receives ``{train,validation,test}/images.npy`` (uint8 (N, size, size, 3) RGB) and ``targets.npy``
             (float32 (N, C) one-hot), ``classes.json``, ``normalization.json``, ``manifest.parquet`` (a row per
@@ -316,10 +317,8 @@ def _assign(manifest: pd.DataFrame, params: PrepareParams) -> pd.DataFrame:
 def _write_split(folder: Path, pixels: np.ndarray, chosen: pd.DataFrame, classes: list[str]) -> None:
     folder.mkdir()
     rows = chosen.row.to_numpy()
-    # Written, not mapped: on a full disk a mapped file ends the process with a signal instead of an error.
     with (folder / "images.npy").open("wb") as file:
-        header = {"descr": "|u1", "fortran_order": False, "shape": (len(rows), *pixels.shape[1:])}
-        np.lib.format.write_array_header_1_0(file, header)
+        file.write(npy_header((len(rows), *pixels.shape[1:]), np.uint8))
         for start in range(0, len(rows), CHUNK):
             file.write(pixels[rows[start : start + CHUNK]].tobytes())
     index = {name: number for number, name in enumerate(classes)}

@@ -6,7 +6,6 @@ pointer. Each step is atomic, so a kill anywhere leaves either the old or the ne
 
 import json
 import logging
-import os
 import shutil
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -15,7 +14,7 @@ from typing import Any, Literal
 
 from tasks.bundle import load_bundle
 from tasks.errors import NightlyError
-from tasks.files import publish_directory, write_json, write_text
+from tasks.files import append_line, publish_directory, write_json, write_text
 from tasks.judge import Metrics, Verdict, read_metrics
 from tasks.registry import champion_id, registered_path
 
@@ -111,7 +110,7 @@ def hold(models: Path, verdict: Verdict, challenger: Metrics, champion: Metrics 
         data_digest=data_digest,
         comparison=verdict.comparison,
     )
-    _append(models / "ledger.jsonl", entry)
+    _append(models, entry)
     return entry
 
 
@@ -179,6 +178,8 @@ def _put_in_service(
     comparison: dict[str, Any] | None = None,
 ) -> Entry:
     path = registered_path(models, model_id)
+    # Typed by people: bytes that are no UTF-8 are written as what can be stored and printed.
+    reasons = [reason.encode("utf-8", "backslashreplace").decode() for reason in reasons]
     try:
         before = champion_id(models)
     except NightlyError:  # a damaged pointer is what this very call mends
@@ -194,22 +195,13 @@ def _put_in_service(
         data_digest=load_bundle(path).data_digest,
         comparison=comparison,
     )
-    _append(models / "ledger.jsonl", entry)
+    _append(models, entry)
     write_json(models / "champion.json", {"id": model_id, "promoted": entry.time, "reason": "; ".join(reasons)})
     return entry
 
 
-def _append(ledger: Path, entry: Entry) -> None:
-    """Add one line with one write, on a line of its own even if a crash tore the last one."""
-    line = json.dumps(vars(entry), ensure_ascii=False, allow_nan=False) + "\n"
-    ledger.parent.mkdir(parents=True, exist_ok=True)
-    with ledger.open("a+b", buffering=0) as file:
-        if file.seek(0, os.SEEK_END):
-            file.seek(-1, os.SEEK_END)
-            if file.read(1) != b"\n":
-                line = "\n" + line
-        file.write(line.encode())
-        os.fsync(file.fileno())
+def _append(models: Path, entry: Entry) -> None:
+    append_line(models / "ledger.jsonl", json.dumps(vars(entry), ensure_ascii=False, allow_nan=False))
 
 
 def _now() -> str:

@@ -15,12 +15,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from tasks.calibration import apply_temperature
-from tasks.drift import Tally, image_statistics
 from tasks.engines import Engine, batched
 from tasks.images import DecodePolicy, Status, decode
 from tasks.inputs import Input
-from tasks.plan import PARTS, Plan, part_name, read_shard
-from tasks.store import Store
+from tasks.plan import part_name, read_shard
+from tasks.store import PARTS, Store
+from tasks.tally import Tally, image_statistics
 
 SCHEMA = pa.schema(
     [
@@ -190,7 +190,6 @@ class Part:
 
 def write_parts(
     store: Store,
-    plan: Plan,
     shards: Iterable[int],
     source: Input,
     policy: DecodePolicy,

@@ -1,4 +1,4 @@
-"""Labelled images out of the raw archive, one at a time, whatever its layout."""
+"""Labeled images out of the raw archive, one at a time, whatever its layout."""
 
 import hashlib
 import sys

@@ -15,11 +15,14 @@ from filelock import FileLock, Timeout
 from tasks.errors import NightlyError
 from tasks.files import replace_directory, tidy_up
 
+PLAN, FILES, PARTS = "plan/plan.json", "plan/files.parquet", "predictions.parquet"
+#: What formats other than Parquet are written to.
+TABLES = {"csv": "predictions.csv", "jsonl": "predictions.jsonl"}
+REPORT = "report.html"
+#: Written last: it is there exactly if a result is complete.
+SUMMARY = "summary.json"
 #: What a result consists of; anything else below an address is somebody's and stays.
-OWN = (
-    *("plan/plan.json", "plan/files.parquet", "predictions.parquet", "predictions.csv", "predictions.jsonl"),
-    *("report.html", "summary.json"),
-)
+OWN = (PLAN, FILES, PARTS, *TABLES.values(), REPORT, SUMMARY)
 
 
 class Store(abc.ABC):

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from tasks.augment import AugmentParams
+from tasks.augmentation import AugmentParams
 from tasks.errors import NightlyError
 from tasks.files import read_json
 from tasks.params import Section
@@ -21,7 +21,7 @@ from tasks.resnet import NETWORKS
 VGG = ("vgg16", "vgg19")
 STUDIED = (*(name for name, network in NETWORKS.items() if not network.bottleneck), *VGG)
 #: The modules that decide what numbers come out of a training.
-CODE = ("augment", "classifier", "layers", "learner", "loop", "optimizers", "resnet", "study_run")
+CODE = ("augmentation", "classifier", "layers", "learner", "loop", "metrics", "optimizers", "resnet", "study_run")
 #: Parameters of training that say how it is carried out, and not what comes out of it.
 _OPERATIONAL = {"precision", "require_gpu", "checkpoint_seconds"}
 #: Networks of so many layers do not start to converge at the full learning rate (He et al. 2015, section 4.2).

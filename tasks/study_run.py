@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from tasks.augment import AugmentParams, build_augmentation
+from tasks.augmentation import AugmentParams, build_augmentation
 from tasks.checkpoint import Checkpoints
 from tasks.classifier import ModelParams, build_classifier
 from tasks.data import Split, load_split
@@ -17,6 +17,7 @@ from tasks.errors import NightlyError, run_main
 from tasks.files import read_json, write_json
 from tasks.loop import Job, Loop
 from tasks.machine import choose, describe
+from tasks.metrics import top_k_error
 from tasks.optimizers import make_loss, make_optimizer
 from tasks.params import read_section
 from tasks.resnet import multiply_adds
@@ -178,6 +179,8 @@ def run(
             for row in outcome.rows
         ],
     }
+    if outcome.micro_batches > 1:
+        found["micro_batches"] = outcome.micro_batches
     write_json(out, found)
     checkpoints.clear()
     return found
@@ -196,10 +199,8 @@ def errors(network: Any, split: Split) -> tuple[float, float]:
     """Return top-1 and top-5 error of a network on a split, in inference mode and without augmentation."""
     from tasks.learner import probabilities
 
-    found = probabilities(network, split.images, EVALUATION_BATCH)
-    own = (found * split.targets).sum(axis=1, keepdims=True)
-    more_probable = (found > own).sum(axis=1)
-    return float((more_probable >= 1).mean()), float((more_probable >= 5).mean())
+    found, targets = probabilities(network, split.images, EVALUATION_BATCH), split.targets.argmax(axis=1)
+    return top_k_error(targets, found, 1), top_k_error(targets, found, 5)
 
 
 def main() -> None:

@@ -12,14 +12,13 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet as pq
 
-from tasks.drift import Tally
-from tasks.plan import PARTS, Plan, part_name
+from tasks.plan import Plan, part_name
 from tasks.rows import SCHEMA, TALLY
-from tasks.store import LocalStore, Store
+from tasks.store import PARTS, TABLES, LocalStore, Store
+from tasks.tally import Tally
 
 #: The dataset's schema, where Parquet's readers look for it.
 SCHEMA_FILE = f"{PARTS}/_common_metadata"
-TABLES = {"csv": "predictions.csv", "jsonl": "predictions.jsonl"}
 
 
 @dataclass

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from tasks.augment import AugmentParams, build_augmentation
+from tasks.augmentation import AugmentParams, build_augmentation
 from tasks.bundle import FORMAT, MODEL_FILE, Bundle, load_bundle, load_keras_model, model_id
 from tasks.checkpoint import Checkpoints, run_key
 from tasks.classifier import ModelParams, build_classifier

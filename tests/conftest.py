@@ -94,6 +94,14 @@ def tiny_backbone() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
+def layers():
+    """The module, which needs Keras."""
+    from tasks import layers
+
+    return layers
+
+
+@pytest.fixture(scope="session")
 def augmented(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What training wants to see of the augment stage."""
     folder = tmp_path_factory.mktemp("augmented")
@@ -104,7 +112,7 @@ def augmented(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def candidate(prepared: Path, augmented: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The train stage's output: a small network trained on the three colors."""
-    from tasks.augment import AugmentParams
+    from tasks.augmentation import AugmentParams
     from tasks.classifier import ModelParams
     from tasks.recipe import TrainParams
     from tasks.train import train

@@ -10,30 +10,19 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tasks.augment import (
-    PREVIEW_DRAWS,
-    AugmentParams,
-    EraserParams,
-    apply,
-    augment,
-    build_augmentation,
-    describe,
-    draw_preview,
-    measure,
-    write_copies,
-)
+from tasks.augment import PREVIEW_DRAWS, apply, augment, measure, write_copies
+from tasks.augmentation import AugmentParams, EraserParams, build_augmentation
+from tasks.data import load_split
 from tasks.errors import NightlyError
 from tasks.files import read_json, write_json
 from tasks.params import parse_section
+from tasks.preview import describe, draw_preview
+from tests.chance import noise
 
 NOTHING = AugmentParams(shift_pixels=0, eraser=EraserParams(p=0))
 EVERYTHING = AugmentParams(
     flip_horizontal=True, flip_vertical=True, shift_pixels=2, eraser=EraserParams(p=0.5, pixel_level=True)
 )
-
-
-def noise(count: int, height: int = 12, width: int = 12) -> np.ndarray:
-    return np.random.default_rng(0).integers(0, 256, (count, height, width, 3), dtype=np.uint8)
 
 
 def write_prepared(root: Path, images: np.ndarray, labels: np.ndarray, classes: list[str]) -> Path:
@@ -169,11 +158,12 @@ def stage(tmp_path_factory):
     classes = [f"class {index}" for index in range(12)]
     prepared = write_prepared(root, noise(300), np.arange(300) % 11, classes)
     params = AugmentParams(eraser=EraserParams(p=0.5, s_l=0.1))
-    return prepared, root / "augmented", params, augment(prepared, root / "augmented", params)
+    out, preview = root / "augmented", root / "preview.png"
+    return prepared, out, preview, params, augment(prepared, out, preview, params)
 
 
 def test_stage_measures_the_sample(stage):
-    prepared, out, _, result = stage
+    prepared, out, _, _, result = stage
     summary = read_json(out / "summary.json")
     assert summary["images"] == result.images == 300
     assert summary["image_shape"] == [12, 12, 3]
@@ -186,16 +176,16 @@ def test_stage_measures_the_sample(stage):
 
 
 def test_stage_gives_the_same_bytes_again(stage, tmp_path):
-    prepared, out, params, _ = stage
-    augment(prepared, tmp_path / "augmented", params)
-    names = sorted(path.name for path in out.iterdir())
-    assert names == ["preview.png", "summary.json"]
-    for name in names:
-        assert (tmp_path / "augmented" / name).read_bytes() == (out / name).read_bytes(), name
+    prepared, out, preview, params, _ = stage
+    augment(prepared, tmp_path / "augmented", tmp_path / "again.png", params)
+    # Training depends on all of it: no picture in there.
+    assert [path.name for path in out.iterdir()] == ["summary.json"]
+    assert (tmp_path / "augmented" / "summary.json").read_bytes() == (out / "summary.json").read_bytes()
+    assert (tmp_path / "again.png").read_bytes() == preview.read_bytes()
 
 
 def test_no_copies_unless_asked_for(stage):
-    _, out, _, result = stage
+    _, out, _, _, result = stage
     assert (result.copied_images, result.copied_bytes) == (0, 0)
     assert read_json(out / "summary.json")["copies"] == {"images": 0, "bytes": 0}
 
@@ -205,7 +195,7 @@ def test_copies_follow_each_other_and_are_drawn_anew(tmp_path):
     images, labels = noise(300), np.arange(300) % 3
     prepared = write_prepared(tmp_path, images, labels, ["a", "b", "c"])
     params = NOTHING.changed(flip_horizontal=True, copies=2)
-    result = augment(prepared, tmp_path / "augmented", params)
+    result = augment(prepared, tmp_path / "augmented", tmp_path / "preview.png", params)
     copies = np.load(tmp_path / "augmented" / "images.npy", mmap_mode="r")
     targets = np.load(tmp_path / "augmented" / "targets.npy")
     assert (copies.dtype, copies.shape) == (np.uint8, (600, 12, 12, 3))
@@ -229,14 +219,14 @@ def test_the_seed_decides_on_the_copies(tmp_path):
     found = []
     for name, seed in (("first", 1), ("again", 1), ("other", 2)):
         (tmp_path / name).mkdir()
-        write_copies(params, prepared / "train", tmp_path / name, seed)
+        write_copies(params, load_split(prepared, "train"), tmp_path / name, seed)
         found.append((tmp_path / name / "images.npy").read_bytes())
     assert found[0] == found[1] != found[2]
 
 
 def test_preview_shows_a_row_per_class_with_the_original_enlarged(stage):
-    prepared, out, _, _ = stage
-    sheet = read_png(out / "preview.png")
+    prepared, _, preview, _, _ = stage
+    sheet = read_png(preview)
     images = np.load(prepared / "train" / "images.npy")
     found = [place(sheet, enlarged(images[index])) for index in range(11)]
     rows = [at for at in found if at is not None]
@@ -289,8 +279,8 @@ def test_large_images_are_shrunk_in_the_preview(tmp_path):
 def test_no_training_images_is_an_error(tmp_path):
     prepared = write_prepared(tmp_path, noise(0), np.zeros(0, int), ["a", "b"])
     with pytest.raises(NightlyError, match="holds no images to augment"):
-        augment(prepared, tmp_path / "augmented", AugmentParams())
-    assert not (tmp_path / "augmented").exists()
+        augment(prepared, tmp_path / "augmented", tmp_path / "preview.png", AugmentParams())
+    assert [path.name for path in tmp_path.iterdir()] == ["prepared"]
 
 
 def test_words_say_what_happens():
@@ -313,11 +303,11 @@ run_main(main)
 @pytest.mark.slow
 def test_command_under_jax_without_tensorflow(tmp_path):
     prepared = write_prepared(tmp_path, noise(40), np.arange(40) % 2, ["a", "b"])
-    out, params = tmp_path / "augmented", tmp_path / "params.yaml"
+    out, preview, params = tmp_path / "augmented", tmp_path / "preview.png", tmp_path / "params.yaml"
 
     def command(augment_params: dict) -> subprocess.CompletedProcess:
         params.write_text(json.dumps({"augment": augment_params}), encoding="utf-8")
-        arguments = ["--prepared", prepared, "--out", out, "--params", params]
+        arguments = ["--prepared", prepared, "--out", out, "--preview", preview, "--params", params]
         return subprocess.run(
             [sys.executable, "-c", MAIN_UNDER_JAX, *map(str, arguments)],
             env={**os.environ, "KERAS_BACKEND": "jax"},
@@ -331,6 +321,7 @@ def test_command_under_jax_without_tensorflow(tmp_path):
     assert refused.returncode == 1
     assert refused.stderr == "error: augment.shift_pixels must be below the image's 12 pixels, but is 12\n"
     assert not out.exists()
+    assert not preview.exists()
     done = command({"eraser": {"p": 1, "s_l": 0.1}, "copies": 3})
     assert done.returncode == 0, done.stderr[-2000:]
     assert "40 images: 100.0% erased" in done.stdout

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from tasks.augment import AugmentParams
+from tasks.augmentation import AugmentParams
 from tasks.bundle import load_bundle
 from tasks.classifier import ModelParams
 from tasks.download import digit_images

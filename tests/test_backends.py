@@ -15,7 +15,8 @@ import sys
 sys.modules["tensorflow"] = None  # from here on, importing it is an ImportError
 from pathlib import Path
 from tests.conftest import small_network
-from tasks.augment import AugmentParams, augment
+from tasks.augment import augment
+from tasks.augmentation import AugmentParams
 from tasks.classifier import ModelParams
 from tasks.evaluate import EvaluateParams, evaluate
 from tasks.export import ExportParams, export
@@ -24,7 +25,7 @@ from tasks.recipe import TrainParams
 from tasks.train import train
 
 prepared, out = Path(sys.argv[1]), Path(sys.argv[2])
-augment(prepared, out / "augmented", AugmentParams())
+augment(prepared, out / "augmented", out / "preview.png", AugmentParams())
 with small_network():
     params = TrainParams(epochs=8, batch_size=16, learning_rate=0.03)
     model = ModelParams(batch_normalization_momentum=0.5)

@@ -181,15 +181,24 @@ def test_kill_minus_nine_loses_almost_nothing(
     assert delivered(out, archive)
 
 
+def leave_partial(
+    server: MisbehavingServer, archive: bytes, paths: tuple[Path, Path], content: bytes, **known: object
+) -> str:
+    """Break a download off and put ``content`` in place of what had come; return the archive's address."""
+    out, partial = paths
+    url = server.add("/a.tar", body=archive, drop_after=150_000, drops=1)
+    with pytest.raises(NightlyError):
+        download(out, params(url, attempts=1, **known), partial)
+    next(partial.glob("*.partial")).write_bytes(content)
+    return url
+
+
 def test_a_complete_partial_needs_no_server(
     server: MisbehavingServer, archive: bytes, paths: tuple[Path, Path]
 ) -> None:
     out, partial = paths
     known = {"sha256": sha256(archive), "size_bytes": len(archive)}
-    url = server.add("/a.tar", body=archive, drop_after=150_000, drops=1)
-    with pytest.raises(NightlyError):
-        download(out, params(url, attempts=1, **known), partial)
-    next(partial.glob("*.partial")).write_bytes(archive)
+    leave_partial(server, archive, paths, archive, **known)
     download(out, params("http://127.0.0.1:1/nobody.tar", **known), partial)
     assert delivered(out, archive)
 
@@ -198,10 +207,7 @@ def test_complete_bytes_of_unknown_size_are_recognized_by_416(
     server: MisbehavingServer, archive: bytes, paths: tuple[Path, Path]
 ) -> None:
     out, partial = paths
-    url = server.add("/a.tar", body=archive, drop_after=150_000, drops=1)
-    with pytest.raises(NightlyError):
-        download(out, params(url, attempts=1, sha256=sha256(archive)), partial)
-    next(partial.glob("*.partial")).write_bytes(archive)
+    url = leave_partial(server, archive, paths, archive, sha256=sha256(archive))
     download(out, params(url, sha256=sha256(archive)), partial)
     assert [request.status for request in server.requests] == [200, 416]
     assert delivered(out, archive)
@@ -211,10 +217,7 @@ def test_too_long_a_partial_is_started_over(
     server: MisbehavingServer, archive: bytes, paths: tuple[Path, Path]
 ) -> None:
     out, partial = paths
-    url = server.add("/a.tar", body=archive, drop_after=150_000, drops=1)
-    with pytest.raises(NightlyError):
-        download(out, params(url, attempts=1, sha256=sha256(archive)), partial)
-    next(partial.glob("*.partial")).write_bytes(archive + b"more")
+    url = leave_partial(server, archive, paths, archive + b"more", sha256=sha256(archive))
     download(out, params(url, sha256=sha256(archive)), partial)
     assert [request.status for request in server.requests] == [200, 416, 200]
     assert delivered(out, archive)

@@ -6,8 +6,9 @@ import cv2
 import numpy as np
 import pytest
 
-from tasks.drift import CHANCE, CONFIDENCE_BINS, LOOKS, STATISTICS, Tally, compare, image_statistics
+from tasks.drift import CHANCE, compare
 from tasks.errors import NightlyError
+from tasks.tally import CONFIDENCE_BINS, LOOKS, STATISTICS, Tally, image_statistics
 
 CLASSES = ["ant", "bee", "cow", "dog", "elk"]
 PRIORS = np.array([0.4, 0.25, 0.2, 0.1, 0.05])

@@ -102,7 +102,7 @@ def test_repro_builds_every_artifact_of_the_contract(workspace):
         assert f"Running stage '{name}'" in workspace.output
     expected = [
         "data/raw/source.json", "data/card.html", "data/prepared/manifest.parquet",
-        "data/prepared/train/images.npy", "data/augmented/preview.png", "models/candidate/model.keras",
+        "data/prepared/train/images.npy", "data/augmentations.png", "models/candidate/model.keras",
         "models/candidate/history.csv", "models/exported/engines/openvino/model.xml",
         "models/evaluation/metrics.json", "models/evaluation/report.html", "models/evaluation/plots/confusion.csv",
     ]  # fmt: skip

@@ -8,10 +8,10 @@ from tasks import metrics
 from tasks.bundle import load_bundle
 from tasks.calibration import apply_temperature
 from tasks.choice import choose_engine, this_machine
-from tasks.drift import Tally
 from tasks.engines import ENGINES, REFERENCE, open_engine, read_openvino, supports_bfloat16, write_openvino
 from tasks.errors import NightlyError
 from tasks.export import ExportParams, confidence_threshold, export, images_per_second, write_reference
+from tasks.tally import Tally
 
 EXPECTED = [name for name in ENGINES if name != "openvino-bfloat16" or supports_bfloat16()]
 

@@ -1,5 +1,6 @@
 """The features' cache: what is computed, what is found again, and what a kill or a full disk leaves."""
 
+import functools
 import os
 import signal
 import subprocess
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 
 import tasks.features
+import tests.chance
 from tasks.device import prepare_device
 from tasks.engines import supports_bfloat16
 from tasks.errors import Interrupted, NightlyError
@@ -19,10 +21,7 @@ from tasks.features import CPU_BATCH, FeatureSource, choose_precision, in_bfloat
 from tasks.files import read_json
 
 SIZE, FEATURES = 8, 6
-
-
-def noise(count: int, seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).integers(0, 256, (count, SIZE, SIZE, 3), dtype=np.uint8)
+noise = functools.partial(tests.chance.noise, height=SIZE, width=SIZE)
 
 
 def make_extractor(seed: int = 0):
@@ -116,19 +115,9 @@ def test_precisions_of_this_machine():
     ]
 
 
-def test_int8_without_its_package_or_images_is_one_line(extractor, tmp_path, monkeypatch):
+def test_int8_without_images_is_one_line(extractor, tmp_path):
     with pytest.raises(NightlyError, match="int8 needs training images"):
         source(extractor, tmp_path, "int8", calibration=noise(0))
-    real = tasks.features.importlib.metadata.version
-
-    def version(name):
-        if name == "nncf":
-            raise tasks.features.importlib.metadata.PackageNotFoundError(name)
-        return real(name)
-
-    monkeypatch.setattr(tasks.features.importlib.metadata, "version", version)
-    with pytest.raises(NightlyError, match="int8 needs the package nncf"):
-        choose_precision("int8", gpu=False)
 
 
 def test_a_second_run_computes_nothing(extractor, tmp_path, computed):
@@ -322,7 +311,7 @@ def test_a_damaged_entry_is_computed_again(extractor, tmp_path, damage):
 
 
 def test_the_cache_keeps_what_was_used_last_and_all_of_this_run(extractor, tmp_path, monkeypatch):
-    splits = [noise(CPU_BATCH, seed) for seed in range(4)]
+    splits = [noise(CPU_BATCH, seed=seed) for seed in range(4)]
     for number, images in enumerate(splits[:3]):
         before = set(tmp_path.iterdir())
         source(extractor, tmp_path).features(images, "some")

@@ -5,7 +5,7 @@ import os
 import pytest
 
 from tasks.errors import NightlyError, describe
-from tasks.files import publish_directory, publish_file, sha256_file, write_json
+from tasks.files import append_line, publish_directory, publish_file, sha256_file, write_json
 
 
 class Trouble(Exception):
@@ -79,6 +79,17 @@ def test_json_is_written_for_people_and_without_nan(tmp_path):
     with pytest.raises(ValueError, match="not JSON compliant"):
         write_json(tmp_path / "a.json", {"value": float("nan")})
     assert json.loads((tmp_path / "a.json").read_text())["value"] == 1
+
+
+@pytest.mark.parametrize("there", [[], [b"whole", b""], [b"whole", b"torn \xc3"]])
+def test_a_line_is_added_on_a_line_of_its_own(tmp_path, there):
+    file, texts = tmp_path / "lines.jsonl", ["first é", "bad \udcff\ud800"]
+    file.write_bytes(b"\n".join(there))
+    for text in texts:
+        append_line(file, json.dumps(text, ensure_ascii=False))
+    *before, first, second, end = file.read_bytes().split(b"\n")
+    assert [json.loads(first), json.loads(second), end] == [*texts, b""]
+    assert before == [line for line in there if line]
 
 
 def test_sha256(tmp_path):

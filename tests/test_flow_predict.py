@@ -23,8 +23,9 @@ from tasks.errors import NightlyError
 from tasks.images import encode_png
 from tasks.inputs import open_input
 from tasks.outcome import PredictParams
-from tasks.plan import PARTS, missing_shards, part_name, unfinished
+from tasks.plan import missing_shards, part_name, unfinished
 from tasks.predict import predict as classify
+from tasks.store import PARTS
 from tests.conftest import COLORS, colored_image
 from tests.object_store import s3
 

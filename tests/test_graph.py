@@ -71,7 +71,7 @@ def test_code_dependencies_are_the_import_closure(name):
 def test_a_stage_depends_on_exactly_the_paths_its_command_reads(name):
     words = STAGES[name]["cmd"].split()[3:]
     paths = dict(zip(words[::2], words[1::2], strict=True))
-    writes = {path for option, path in paths.items() if option in ("--out", "--card")}
+    writes = {path for option, path in paths.items() if option in ("--out", "--card", "--preview")}
     # What outlives a run and what is in service are no inputs: a new champion makes no training stale.
     reads = {path for option, path in paths.items() if option not in ("--scratch", "--models")} - writes
     listed = {dependency for dependency in STAGES[name]["deps"] if not dependency.startswith("tasks/")}

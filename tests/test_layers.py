@@ -10,27 +10,7 @@ import numpy as np
 import pytest
 from scipy.stats import chisquare
 
-# All seeds are fixed, so a test passes or fails for good; below this, a law counts as different.
-ALPHA = 1e-3
-
-
-@pytest.fixture(scope="module")
-def layers():
-    from tasks import layers
-
-    return layers
-
-
-def noise(count: int, height: int, width: int, seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).integers(0, 256, (count, height, width, 3), dtype=np.uint8)
-
-
-def run(layer, images: np.ndarray) -> np.ndarray:
-    out = np.asarray(layer(images, training=True))
-    assert out.dtype == np.uint8
-    assert out.shape == images.shape
-    return out
-
+from tests.chance import ALPHA, noise, run
 
 AUGMENTATIONS = {
     "flip": lambda layers, **more: layers.RandomFlip(True, True, **more),

@@ -8,11 +8,11 @@ import yaml
 from markdown_it import MarkdownIt
 
 from tasks.bundle import Bundle, load_bundle
-from tasks.drift import Tally, image_statistics
 from tasks.evaluate import EvaluateParams, summarize
 from tasks.files import read_json, write_json
 from tasks.modelcard import CARD, render_card
 from tasks.promote import register
+from tasks.tally import Tally, image_statistics
 from tests.miniature import export, metrics
 
 HOSTILE = [

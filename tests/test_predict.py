@@ -1,6 +1,7 @@
 import json
 import os
 import shutil
+from typing import get_args
 
 import numpy as np
 import pandas as pd
@@ -8,7 +9,6 @@ import pytest
 
 from tasks.bundle import load_bundle
 from tasks.calibration import apply_temperature
-from tasks.drift import Tally, image_statistics
 from tasks.engines import REFERENCE, open_engine
 from tasks.errors import NightlyError
 from tasks.images import encode_png
@@ -17,6 +17,8 @@ from tasks.outcome import TooManyFailed
 from tasks.plan import read_plan, unfinished
 from tasks.predict import PredictParams, predict
 from tasks.rows import printable
+from tasks.store import OWN, PARTS, open_remote, open_store
+from tasks.tally import Tally, image_statistics
 from tests.conftest import COLORS, colored_image
 
 COLUMNS = [
@@ -307,9 +309,16 @@ def test_a_killed_one_of_them_serves_the_next_and_is_removed(folder, exported, t
     assert left == {".20261126-020000.unfinished", ".by-name.unfinished"}
 
 
-def test_a_complete_result_at_an_address_is_made_anew_when_files_change(folder, exported):
-    from tasks.store import open_store
+def test_all_that_a_result_consists_of_is_known_to_be_its_own(folder, exported):
+    out, formats = "memory://results/own", get_args(get_args(PredictParams.model_fields["formats"].annotation)[0])
+    predict(folder, out, exported, PredictParams(formats=formats, report=True))
+    files, root = open_remote(out)
+    assert {path.removeprefix(f"{root}/") for path in files.find(root)} >= {*OWN} - {PARTS}
+    open_store(out).clear()
+    assert files.find(root) == []
 
+
+def test_a_complete_result_at_an_address_is_made_anew_when_files_change(folder, exported):
     out = "memory://results/anew"
     assert predict(folder, out, exported, PredictParams()).resumed_files == 0
     assert predict(folder, out, exported, PredictParams()).resumed_files == 12

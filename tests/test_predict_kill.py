@@ -19,8 +19,9 @@ import pytest
 from flows import cli
 from tasks.images import encode_png
 from tasks.outcome import PredictParams
-from tasks.plan import FILES, PARTS, part_name
+from tasks.plan import part_name
 from tasks.predict import predict
+from tasks.store import FILES, PARTS
 from tests.conftest import COLORS, colored_image
 from tests.test_hostile_folder import without_superpowers
 

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 import tasks.probe
-from tasks.augment import AugmentParams, EraserParams, augment
+from tasks.augment import augment
+from tasks.augmentation import AugmentParams, EraserParams
 from tasks.classifier import ModelParams, build_classifier, split_at_pool
 from tasks.data import Split, load_split
 from tasks.errors import NightlyError
@@ -239,7 +240,8 @@ def test_a_probe_trains_the_whole_classifier_and_computes_features_once(prepared
 @pytest.mark.usefixtures("tiny_backbone")
 def test_a_probe_trains_on_the_copies_too(prepared, splits, tmp_path):
     training, validation = splits
-    augment(prepared, tmp_path / "augmented", AugmentParams(copies=2, eraser=EraserParams(p=0.5)))
+    wanted = AugmentParams(copies=2, eraser=EraserParams(p=0.5))
+    augment(prepared, tmp_path / "augmented", tmp_path / "preview.png", wanted)
     model, params = ModelParams(), settings(epochs=2, precision="float32")
     classifier = make_classifier(prepared, model)
     seen = []
@@ -264,13 +266,13 @@ def test_a_probe_trains_on_the_copies_too(prepared, splits, tmp_path):
 
 def test_copies_of_other_data_are_refused(prepared, splits, tmp_path):
     training, _ = splits
-    augment(prepared, tmp_path, AugmentParams(copies=1))
-    assert load_copies(tmp_path, training) is not None
+    augment(prepared, tmp_path / "augmented", tmp_path / "preview.png", AugmentParams(copies=1))
+    assert load_copies(tmp_path / "augmented", training) is not None
     fewer = Split(training.images[1:], training.targets[1:])
     turned = Split(training.images, training.targets[::-1])
     for other in (fewer, turned):
         with pytest.raises(NightlyError, match=r"are no copies of the \d+ training images: run the augment stage"):
-            load_copies(tmp_path, other)
+            load_copies(tmp_path / "augmented", other)
 
 
 UNDER_JAX = """
@@ -279,13 +281,14 @@ sys.modules["tensorflow"] = None
 from pathlib import Path
 from tests.conftest import small_network
 from tests.test_probe import make_classifier, settings
-from tasks.augment import AugmentParams, augment
+from tasks.augment import augment
+from tasks.augmentation import AugmentParams
 from tasks.classifier import ModelParams
 from tasks.data import load_split
 from tasks.probe import probe
 
 prepared, out = Path(sys.argv[1]), Path(sys.argv[2])
-augment(prepared, out / "augmented", AugmentParams(copies=1))
+augment(prepared, out / "augmented", out / "preview.png", AugmentParams(copies=1))
 model = ModelParams(head_units=(16,), dropout=0.1)
 splits = [load_split(prepared, name) for name in ("train", "validation")]
 for precision in ("float32", "int8"):

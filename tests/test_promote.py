@@ -1,11 +1,11 @@
 """The registry, the champion's pointer and the ledger."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
 
-from tasks import promote as module
 from tasks.bundle import MODEL_FILE, load_bundle
 from tasks.errors import NightlyError
 from tasks.files import read_json, write_json
@@ -188,7 +188,7 @@ def test_a_kill_at_any_step_leaves_the_old_or_the_new_champion_in_service(models
                 return call
 
             for name in ("fsync", "open", "mkdir"):
-                patch.setattr(module.os, name, wrap(getattr(module.os, name)))
+                patch.setattr(os, name, wrap(getattr(os, name)))
             patch.setattr(Path, "replace", wrap(Path.replace))
             patch.setattr(Path, "open", wrap(Path.open))
             patch.setattr(Path, "write_text", wrap(Path.write_text))
@@ -219,6 +219,13 @@ def test_a_torn_last_line_is_survived_and_the_next_one_is_whole(models, caplog):
         assert json.loads(lines[2]) == vars(entry)
         assert history(models)[-1] == entry
     assert "line 2 is damaged and was left out" in caplog.text
+
+
+def test_a_reason_with_bytes_that_are_no_utf8_is_kept_as_what_can_be_printed(models):
+    promote(models, "old", Verdict("promote", ["caf\udce9"]))
+    rollback(models, "new", "\ud800 by hand")
+    assert [entry.reasons for entry in history(models)] == [[r"caf\udce9"], [r"\ud800 by hand"]]
+    assert read_json(models / "champion.json")["reason"] == r"\ud800 by hand"
 
 
 def test_a_damaged_pointer_is_named_and_mended_by_a_rollback(models):

@@ -6,30 +6,11 @@ import numpy as np
 import pytest
 from scipy.stats import chi2_contingency, chisquare
 
-# All seeds are fixed, so a test passes or fails for good; below this, a law counts as different.
-ALPHA = 1e-3
-
-
-@pytest.fixture(scope="module")
-def layers():
-    from tasks import layers
-
-    return layers
-
-
-def noise(count: int, height: int, width: int, seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).integers(0, 256, (count, height, width, 3), dtype=np.uint8)
+from tests.chance import ALPHA, noise, run
 
 
 def black(count: int, height: int, width: int) -> np.ndarray:
     return np.zeros((count, height, width, 3), np.uint8)
-
-
-def run(layer, images: np.ndarray) -> np.ndarray:
-    out = np.asarray(layer(images, training=True))
-    assert out.dtype == np.uint8
-    assert out.shape == images.shape
-    return out
 
 
 def rectangles(masks: np.ndarray) -> np.ndarray:

@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 import yaml
 
-from tasks.augment import AugmentParams
+from tasks.augmentation import AugmentParams
 from tasks.bundle import load_bundle, load_keras_model
 from tasks.classifier import ModelParams
 from tasks.errors import EXIT_INTERRUPTED, NightlyError
@@ -162,7 +162,7 @@ DEVICES = """
         import tensorflow as tf
         [cpu] = tf.config.list_physical_devices("CPU")
         tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
-    from tasks.augment import AugmentParams
+    from tasks.augmentation import AugmentParams
     from tasks.classifier import ModelParams
     from tasks.recipe import TrainParams
     from tasks.train import train

@@ -8,8 +8,8 @@ import pytest
 
 from tasks.errors import NightlyError
 from tasks.inputs import Listing
-from tasks.plan import FILES, changed_files, read_shard, write_plan
-from tasks.store import LocalStore, RemoteStore, is_remote, open_store
+from tasks.plan import changed_files, read_shard, write_plan
+from tasks.store import FILES, LocalStore, RemoteStore, is_remote, open_store
 from tests.object_store import s3
 
 

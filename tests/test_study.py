@@ -9,10 +9,12 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 
-from tasks.augment import AugmentParams
+from tasks.augmentation import AugmentParams
+from tasks.data import Split
 from tasks.errors import NightlyError
 from tasks.params import read_section
 from tasks.study import (
@@ -30,6 +32,7 @@ from tasks.study import (
 from tasks.study_report import PUBLISHED, make_headline, make_sentences, write_report
 from tests.browser import Page
 from tests.test_graph import closure
+from tests.test_loop import memory_for
 
 SMALL = StudyParams(
     networks=("plain20", "resnet20"),
@@ -203,6 +206,27 @@ def vgg_by_hand(convolutions: tuple[int, ...], size: int, classes: int) -> tuple
             parameters, products, channels = parameters + kernel + filters, products + size**2 * kernel, filters
         size //= 2
     return parameters + (channels + 1) * classes, products + channels * classes
+
+
+@pytest.mark.slow
+def test_batches_computed_in_parts_are_on_record(prepared, tmp_path, monkeypatch):
+    from tasks.study_run import run
+
+    [_, trial] = trials(prepared, SMALL, AUGMENT)
+    memory_for(monkeypatch, 8)
+    run(prepared, tmp_path / trial.file_name, tmp_path / "scratch", trial, SMALL, AUGMENT)
+    assert result(tmp_path, trial)["micro_batches"] == 2
+
+
+def test_a_network_that_finds_all_classes_alike_is_wrong_as_often_as_a_guess():
+    from tasks.study_run import EVALUATION_BATCH, errors
+
+    class Uniform:
+        def predict(self, batches, verbose):
+            return np.full((len(batches) * EVALUATION_BATCH, 10), 0.1, np.float32)
+
+    split = Split(np.zeros((20, 8, 8, 3), np.uint8), np.tile(np.eye(10, dtype=np.float32), (2, 1)))
+    assert errors(Uniform(), split) == (0.9, 0.5)
 
 
 @pytest.mark.slow

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from tasks.augment import AugmentParams
+from tasks.augmentation import AugmentParams
 from tasks.bundle import load_bundle, load_keras_model, model_id
 from tasks.classifier import ModelParams
 from tasks.errors import NightlyError
