@@ -88,7 +88,7 @@ def fire_times(params: ServeParams, count: int = 3, start: datetime | None = Non
 
 def schemas() -> dict[str, type[Section]]:
     """Return the schema of every section, in the order of the pipeline."""
-    from tasks.augment import AugmentParams
+    from tasks.augmentation import AugmentParams
     from tasks.classifier import ModelParams
     from tasks.download import DownloadParams
     from tasks.evaluate import EvaluateParams

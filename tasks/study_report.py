@@ -8,10 +8,11 @@ from typing import Any
 
 import pandas as pd
 
-from tasks.augment import AugmentParams, describe
+from tasks.augmentation import AugmentParams
 from tasks.charts import compact
 from tasks.files import publish_directory, write_json, write_text
 from tasks.pages import render, rows_of
+from tasks.preview import describe
 from tasks.study import l2_weight_decay
 from tasks.study_figures import Curve, chart, draw, label
 
