@@ -266,6 +266,23 @@ def test_a_failure_beside_all_stages_has_no_log(workspace):
     assert "starts again;" in page.text
 
 
+def test_what_a_killed_run_had_left_is_told_by_the_next(workspace, monkeypatch):
+    sent = []
+    monkeypatch.setattr(notify, "notify", lambda addresses, events, *message: sent.append((events, *message)) or [])
+    notify.record_night(workspace, "n0", "killed", STARTED, "killed: process 7 on here ended without a word")
+    page, _ = told(workspace, a_night("hold", mended=["run 'x' was Running and is now Crashed"]))
+    assert "Before it: run 'x' was Running and is now Crashed" in page.text
+    assert "killed: process 7 on here ended without a word" in rows_of(page, "The last nights")
+    [(events, title, body)] = sent
+    assert events == ["hold", "recovery"]
+    assert title.endswith("held after a failure")
+    assert "Before it: run 'x' was Running" in body
+    (workspace.state / "nights" / "latest.html").write_text("the night's")
+    told(workspace, stopped("skipped", "busy", "n2-skipped"))
+    assert (workspace.state / "nights" / "latest.html").read_text() == "the night's"
+    assert (workspace.state / "nights" / "n2-skipped.html").is_file()
+
+
 def test_interrupted_and_skipped_nights_have_a_page_too(workspace):
     stages = [STAGES[0], StageRun("train", "Interrupted", "will go on", 7.0)]
     page, said = told(workspace, stopped("interrupted", "train will go on from its checkpoint", stages=stages))
