@@ -174,6 +174,7 @@ def make_facts(results: Sequence[Result], source: str) -> dict[str, Any]:
         "training_seconds": round(sum(run["training_seconds"] for run in results)),
         # The least and the most: what was trained by an earlier study had its own.
         "parallel": [choose(run["parallel"] for run in results) for choose in (min, max)],
+        "in_parts": sorted({label(run["network"]) for run in results if run.get("micro_batches", 1) > 1}),
         "devices": sorted({f"{run['device']} ({run['backend']}, {run['precision']})" for run in results}),
     }
 

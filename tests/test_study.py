@@ -29,6 +29,7 @@ from tasks.study import (
     result,
     trials,
 )
+from tasks.study_figures import label
 from tasks.study_report import PUBLISHED, make_headline, make_sentences, write_report
 from tests.browser import Page
 from tests.test_graph import closure
@@ -396,6 +397,18 @@ def test_the_page_says_how_many_trained_at_a_time(tmp_path, parallel, least, mos
     text = Page((tmp_path / "report" / "report.html").read_text()).text
     assert f"of training in all, without evaluation, {at_a_time}on a processor" in text
     assert f"those of the median interval{beside};" in text
+
+
+@pytest.mark.slow
+def test_the_page_names_networks_whose_batches_were_computed_in_parts(tmp_path):
+    def said(name, results):
+        write_report(results, tmp_path / name, "cifar10")
+        return Page((tmp_path / name / "report.html").read_text()).text
+
+    assert "For want of memory" not in said("all", DEGRADED)
+    first = {**DEGRADED[0], "micro_batches": 4}
+    words = said("parts", [first, *DEGRADED[1:]])
+    assert f"For want of memory the batches of {label(first['network'])} were computed in parts" in words
 
 
 @pytest.mark.slow
