@@ -1,7 +1,8 @@
 """A week of nights on real digits: each with its verdict, its time, and whether git, DVC and the ledger agree then.
 
 The first model learns from 200 images. Then 900 more come into the inbox (promoted, if they help), 900 with wrong
-labels (to be held), nothing, a rollback, nothing again, and the wrong ones are taken out. One JSON object at the end.
+labels (to be held), nothing, a rollback, nothing again, and the wrong ones are taken out. One JSON object at the end;
+exits with 1 if a night ended otherwise than expected, or if git, DVC, the ledger and ``nightly history`` disagree.
 """
 
 import argparse
@@ -12,6 +13,7 @@ import sys
 import tarfile
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -107,8 +109,31 @@ class Week:
             "changed_files": self.scratch.git("status", "--porcelain").split(),
             "dvc_status": self.scratch.run("dvc", "status").strip(),
         }
+        event["problems"] = list(self.problems(event))
         self.events.append(event)
         print(json.dumps(event, indent=2), file=sys.stderr, flush=True)
+
+    def problems(self, event: dict[str, Any]) -> Iterator[str]:
+        """Yield what is not as it must be."""
+        expected, lines = event["expected"], self.events[-1]["ledger_lines"] if self.events else 0
+        decides = expected in ("promote", "hold", "rollback")
+        if event.get("exit_code", 0):
+            yield "the night did not end well"
+        if event["ledger_lines"] != lines + decides:
+            yield f"the ledger has {event['ledger_lines']} lines, and had {lines}"
+        if decides and not event["last_decision"].startswith(f"{expected} "):
+            yield f"the decision was {event['last_decision']}"
+        if expected in ("promote", "rollback") and f" {event['champion']}: " not in event["last_decision"]:
+            yield f"{event['champion']} is in service"
+        if expected == "hold" and event["champion"] != self.events[-1]["champion"]:
+            yield "the model in service is another one than before"
+        if not event["history_names_the_champion"]:
+            yield "nightly history names another model"
+        # A rollback is a person's act, which the next night publishes.
+        if expected != "rollback" and (event["ahead_of_upstream"] or event["changed_files"]):
+            yield f"git: {event['ahead_of_upstream']} commits ahead, changed: {event['changed_files']}"
+        if "up to date" not in event["dvc_status"]:
+            yield f"dvc status: {event['dvc_status']}"
 
 
 def main() -> None:
@@ -145,6 +170,7 @@ def main() -> None:
         if not arguments.folder:
             shutil.rmtree(folder)
     print(json.dumps({"nights": week.events}, indent=2))
+    sys.exit(any(event["problems"] for event in week.events))
 
 
 if __name__ == "__main__":
