@@ -148,9 +148,9 @@ def _answers(case: Case, asked: dict[str, Check]) -> dict[str, Finding]:
         try:
             found = look(case)
         except (NightlyError, OSError) as error:
-            found = fail(" ".join(describe(error).split()), "mend what it names")
+            found = fail(describe(error), "mend what it names")
         except Exception as error:
-            found = fail(f"the check broke: {type(error).__name__}: {' '.join(str(error).split())}", "report it")
+            found = fail(f"the check broke: {describe(error)}", "report it")
         answers[name] = replace(found, name=name)
 
     began = time.monotonic()

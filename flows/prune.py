@@ -44,7 +44,7 @@ def prune(
                 why = "neither DVC's cache nor its remote holds it" if copy.unchanged else "it was changed by hand"
                 emit(f"{path.name} is not pruned: {why}")
     except (NightlyError, OSError) as reason:
-        emit(f"pruning is postponed: {' '.join(describe(reason).split())}")
+        emit(f"pruning is postponed: {describe(reason)}")
     return removed
 
 

@@ -100,7 +100,7 @@ def publish(
         publication = _Publication(workspace, Repository(workspace.root), published, log, emit, limit_seconds)
         publication.run(mode, message, patience_seconds)
     except (NightlyError, OSError) as reason:
-        published.state, published.reason = "postponed", " ".join(describe(reason).split())
+        published.state, published.reason = "postponed", describe(reason)
     return published
 
 

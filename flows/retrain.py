@@ -77,7 +77,7 @@ def retrain(predict: Path | None = None, force: bool = False) -> Night:
                 return carry_through(workspace, night, predict, force)
     except (Busy, TooLate) as reason:
         logger.info("skipped: %s", reason, extra={"expected": True})
-        night.stopped, night.reason = "skipped", one_line(reason)
+        night.stopped, night.reason = "skipped", describe(reason)
         night.run += "-skipped"  # the night that is in its way may have begun in the same second
         tell(workspace, night, logger.warning)
         return Completed(name="Skipped", message=str(reason))
@@ -86,7 +86,7 @@ def retrain(predict: Path | None = None, force: bool = False) -> Night:
         return interrupted(reason)
     except (NightlyError, OSError) as error:
         if night.stopped is None:  # before the night began, by wrong parameters for one
-            night.stopped, night.reason = "failed", one_line(error)
+            night.stopped, night.reason = "failed", describe(error)
             tell(workspace, night, logger.warning)
         raise
 
@@ -99,7 +99,7 @@ def carry_through(workspace: Workspace, night: Night, predict: Path | None, forc
         # A cancel from the UI and a signal are no exceptions of the ordinary kind.
         stopped = isinstance(error, Interrupted) or not isinstance(error, Exception)
         night.stopped = "interrupted" if stopped else "failed"
-        night.reason = one_line(error)
+        night.reason = describe(error)
         raise
     finally:
         tell(workspace, night, get_run_logger().warning)
@@ -133,13 +133,6 @@ def work(tonight: Tonight, night: Night, predict: Path | None, force: bool) -> N
     night.seconds = time.monotonic() - started
     if failure:
         raise failure
-
-
-def one_line(error: BaseException) -> str:
-    """Return what an error says in one line, with its kind where it is none of ours."""
-    if isinstance(error, NightlyError | OSError):
-        return " ".join(describe(error).split())
-    return " ".join(f"{type(error).__name__}: {error}".split())
 
 
 def interrupted(reason: Interrupted) -> State:

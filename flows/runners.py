@@ -107,7 +107,7 @@ def run_shards(
                     advance(future.result())
                 except Exception as error:
                     # Whatever it is, from a file system's error to workers that died of it, the other shards count.
-                    failures[shard] = one_line(error)
+                    failures[shard] = describe(error)[:300]
     except BaseException as stopped:
         if not isinstance(stopped, Exception):  # a Ctrl-C, or the run was canceled
             get_run_logger().info("stopped: whole shards are kept, and the same call goes on with the others")
@@ -118,13 +118,6 @@ def run_shards(
             f"{len(failures)} of {len(shards)} shards failed, also when tried again ({named}"
             f"{'; …' if len(failures) > NAMED else ''}); the same call goes on with what is missing"
         )
-
-
-def one_line(error: Exception) -> str:
-    """Return what an error says, with its kind where it is none of ours."""
-    if isinstance(error, NightlyError | OSError):
-        return describe(error)
-    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
 
 
 @contextlib.contextmanager

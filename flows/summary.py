@@ -96,6 +96,12 @@ class Night:
         )
 
     @property
+    def drift(self) -> dict[str, Any]:
+        """How unlike the validated images the classified ones are: a level, and sentences; both empty if not at all."""
+        found = ((self.predictions.facts or {}) if self.predictions else {}).get("drift") or {}
+        return {"level": found.get("level", ""), "sentences": found.get("sentences", [])}
+
+    @property
     def built(self) -> bool:
         """Whether any stage had something to do, be it only to take its outputs out of DVC's run cache."""
         return any(stage.message != Outcome.unchanged for stage in self.stages)
@@ -146,7 +152,8 @@ def markdown(night: Night) -> str:
         for stage in night.stages:
             lines.append(f"| {stage.name} | {stage.state} | {duration(stage.seconds)} | {_cell(stage.message)} |")
     if night.predictions:
-        lines += ["", f"Predictions: {night.predictions.note}.", *_drift(night.predictions), ""]
+        lines += ["", f"Predictions: {night.predictions.note}.", ""]
+        lines += [*(f"- {sentence}" for sentence in night.drift["sentences"]), ""] if night.drift["sentences"] else []
         if night.predictions.facts:
             lines += ["| status | files |", "| --- | ---: |"]
             lines += [
@@ -189,11 +196,6 @@ def _told(night: Night) -> list[str]:
     if night.next_run:
         told.append(("Next run", moment(night.next_run)))
     return [line for label, words in told for line in ("", f"{label}: {' '.join(words.split())}")]
-
-
-def _drift(predictions: Predictions) -> list[str]:
-    sentences = ((predictions.facts or {}).get("drift") or {}).get("sentences", [])
-    return ["", *(f"- {sentence}" for sentence in sentences)] if sentences else []
 
 
 def _judged(comparison: dict[str, Any] | None) -> list[str]:

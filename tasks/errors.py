@@ -40,14 +40,17 @@ def _end(message: str, code: int) -> None:
     os._exit(code)
 
 
-def describe(error: NightlyError | OSError) -> str:
-    """Return one line for ``error``; operating-system errors are put in plain words."""
+def describe(error: BaseException) -> str:
+    """Return one line for ``error``: the system's in plain words, and with their kind those that are none of ours."""
+    text = str(error)
     if isinstance(error, OSError):
         where = f" ({error.filename})" if error.filename else ""
         if error.errno == errno.ENOSPC:
-            return f"the disk is full{where}: free some space and run the same command again"
-        if error.errno == errno.EACCES:
-            return f"no permission{where}"
-        if error.strerror:
-            return f"{error.strerror}{where}"
-    return str(error)
+            text = f"the disk is full{where}: free some space and run the same command again"
+        elif error.errno == errno.EACCES:
+            text = f"no permission{where}"
+        elif error.strerror:
+            text = f"{error.strerror}{where}"
+    elif not isinstance(error, NightlyError):
+        text = f"{type(error).__name__}: {error}" if text else type(error).__name__
+    return " ".join(text.split())

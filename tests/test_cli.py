@@ -243,7 +243,7 @@ def test_a_held_model_is_promoted_by_hand_and_a_pruned_one_fetched(nightly, tmp_
         assert nightly("promote", model_id)[0] == 0
     assert registry.champion_id(tmp_path / "models") == "bbb"
     shutil.rmtree(tmp_path / "models" / "registry" / "aaa")
-    assert nightly("rollback")[:2] == (0, "in service: aaa (before: bbb)\n")
+    assert nightly("rollback")[:2] == (0, "fetching aaa from DVC's storage\nin service: aaa (before: bbb)\n")
     assert (tmp_path / "models" / "registry" / "aaa" / "model.keras").read_text() == "weights of aaa"
 
 
