@@ -27,7 +27,7 @@ class Judgement:
     champion: Metrics | None
 
 
-def require_known_classes(workspace: Workspace) -> None:
+def require_known_classes(workspace: Workspace, rules: RetrainParams, log: Path, emit: Emit) -> None:
     """Stop before a training whose model could not be compared with the champion, for want of some of its classes.
 
     Which classes may come is said by ``inbox.classes``: none (``fixed``) or new ones (``grow``); or all of it by
@@ -37,10 +37,11 @@ def require_known_classes(workspace: Workspace) -> None:
         NightlyError: names the classes and what allows them.
     """
     settings, model_id = read_settings(workspace.params), registry.champion_id(workspace.models)
-    prepared, bundle = workspace.prepared / "classes.json", workspace.registry / f"{model_id}" / "bundle.json"
-    if settings["prepare"].expected_classes is not None or not (prepared.is_file() and bundle.is_file()):
+    prepared = workspace.prepared / "classes.json"
+    if model_id is None or settings["prepare"].expected_classes is not None or not prepared.is_file():
         return
-    now, before = read_json(prepared), read_json(bundle)["classes"]
+    champion = _present_tonight(workspace, model_id, rules, log, emit)
+    now, before = read_json(prepared), load_bundle(champion).classes
     gone, new = ([name for name in one if name not in other] for one, other in ((before, now), (now, before)))
     if len(new) == len(now) or not (gone or (new and settings["inbox"].classes == "fixed")):
         return
@@ -59,12 +60,12 @@ def judge_exported(workspace: Workspace, rules: RetrainParams, log: Path, emit: 
     champion_id = registry.champion_id(workspace.models)
     champion = None
     if champion_id is not None:
-        limit_seconds = rules.stage_time_limit_hours * 3600
-        path = _present(workspace, champion_id, log, emit, limit_seconds, rules.dvc_patience_minutes * 60)
+        path = _present_tonight(workspace, champion_id, rules, log, emit)
         champion = judge.read_evaluation(path / "evaluation")
         if reason := _not_to_be_paired(challenger, champion):
             emit(f"{reason}: measuring the champion {champion_id} on today's test set")
             test_digest = challenger.metrics["test_digest"]
+            limit_seconds = rules.stage_time_limit_hours * 3600
             champion = _measured_anew(workspace, path, test_digest, log, emit, limit_seconds) or champion
     verdict = judge.judge(challenger, champion, rules)
     if verdict.action == "promote":
@@ -152,6 +153,11 @@ def _exported_id(workspace: Workspace) -> str | None:
 def _register(workspace: Workspace, patience_seconds: float, emit: Emit) -> None:
     model_id = ledger.register(workspace.exported, workspace.evaluation, workspace.registry)
     stages.track(workspace.root, workspace.registry / model_id, patience_seconds, emit)
+
+
+def _present_tonight(workspace: Workspace, model_id: str, rules: RetrainParams, log: Path, emit: Emit) -> Path:
+    limits = (rules.stage_time_limit_hours * 3600, rules.dvc_patience_minutes * 60)
+    return _present(workspace, model_id, log, emit, *limits)
 
 
 def _present(

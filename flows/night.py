@@ -39,7 +39,7 @@ def tell(workspace: Workspace, night: Night, emit: Emit) -> None:
     except Exception as error:  # whatever it is, the model is in service and the notification goes out
         emit(f"the page of this night could not be written: {describe(error)}")
     events = notify.events_of(night.state, earlier)
-    if night.state == "failed" and night.promoted:  # and failed at a later step
+    if night.stopped and night.promoted:  # it was stopped, or failed, at a later step
         events.append("promote")
     if not events:
         return

@@ -231,12 +231,11 @@ class Record:
     headline: str
 
 
-def record_night(workspace: Workspace, run: str, state: State, started: datetime, headline: str) -> Record:
-    """Write down that a night has just ended, or was found to have been killed.
-
-    With one write, on a line of its own even if a crash tore the last.
-    """
-    ended = datetime.now(UTC)
+def record_night(
+    workspace: Workspace, run: str, state: State, started: datetime, headline: str, ended: datetime | None = None
+) -> Record:
+    """Write down that a night has ended, just now unless ``ended`` says when."""
+    ended = ended or datetime.now(UTC)
     seconds = round((ended - started).total_seconds(), 1)
     times = [moment.astimezone(UTC).isoformat(timespec="seconds") for moment in (started, ended)]
     record = Record(run, state, *times, seconds, headline)

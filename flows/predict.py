@@ -154,7 +154,7 @@ def predict(
     elif not is_remote(out):
         out = str(workspace.root / out)
     model = workspace.root / model if model else champion_path(workspace.models)
-    with recorded(workspace):
+    with recorded(workspace, alone=False):
         if on == "process":
             if address or workers:
                 raise NightlyError("'address' and 'workers' are for on='threads', 'dask' or 'ray', but on is 'process'")

@@ -7,6 +7,7 @@ import fcntl
 import json
 import os
 import re
+import shutil
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import datetime, timedelta
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from flows import stages
-from flows.notify import record_night
+from flows.notify import nights, record_night
 from flows.runs import Run, process_mark, recorded_runs, runs_folder, started_after
 from flows.workspace import Workspace
 from tasks.errors import NightlyError, describe
@@ -40,7 +41,7 @@ def reconcile(workspace: Workspace, emit: Callable[[str], None]) -> list[str]:
     The caller holds the workspace lock. What cannot be put right is said, and stops nobody.
     """
     lines = []
-    for step in (tidied, mended_dvc, mended_runs, hopeless_predictions):
+    for step in (tidied, mended_dvc, mended_runs, left_predictions):
         try:
             for line in step(workspace):
                 lines.append(line)
@@ -87,6 +88,21 @@ def _folders(workspace: Workspace) -> Iterable[Path]:
         *(models, workspace.registry, workspace.evaluation, workspace.evaluation / "plots"),
         *(workspace.state, runs_folder(workspace)),
     )
+
+
+def left_predictions(workspace: Workspace) -> Iterator[str]:
+    """Remove what killed nights left of predictions that later ones made anew; say which others are hopeless.
+
+    One that no later night has made anew serves the next one, see ``tasks.plan.adopt``. What people began is theirs.
+    """
+    begun = {record.run for record in nights(workspace)}
+    newest = max((folder.name for folder in workspace.predictions.glob("[0-9]*-[0-9]*")), default="")
+    for folder in sorted(workspace.predictions.glob(".[0-9]*-[0-9]*.unfinished")):
+        run = folder.name.removeprefix(".").removesuffix(".unfinished")
+        if run in begun and run < newest:
+            shutil.rmtree(folder)
+            yield f"removed {workspace.shown(folder)}, which a killed run left behind"
+    yield from hopeless_predictions(workspace)
 
 
 def hopeless_predictions(workspace: Workspace) -> Iterator[str]:
@@ -261,8 +277,11 @@ def mended_runs(workspace: Workspace) -> Iterator[str]:
 
 def note_killed(workspace: Workspace, run: Run) -> None:
     """Write down a night that could not do so itself; whoever is told of the next one hears of a recovery."""
+    if run.night in {record.run for record in nights(workspace)}:
+        return  # it was killed when it had said all but that it has ended
+    since = datetime.fromisoformat(run.since)
     reason = f"killed: process {run.pid} on {run.host} ended without a word"
-    record_night(workspace, run.night, "killed", datetime.fromisoformat(run.since), reason)
+    record_night(workspace, run.night, "killed", since, reason, ended=since)
 
 
 def is_at_work(state: Any) -> bool:
@@ -273,6 +292,8 @@ def is_at_work(state: Any) -> bool:
 def may_still_report(run: Run) -> bool:
     """Tell whether a run may be alive although it does not hold the workspace: just before or just after it did."""
     fate = run.fate()
+    if fate == "elsewhere" and not run.alone:
+        return run.ended is None
     if fate == "elsewhere":
         return datetime.now().astimezone() - datetime.fromisoformat(run.ended or run.since) < REPORTING_TIME
     return fate == "alive"

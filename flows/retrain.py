@@ -126,7 +126,7 @@ def work(tonight: Tonight, night: Night, predict: Path | None, force: bool) -> N
     failure = None
     try:
         night.predictions = classify_folder(tonight, predict)
-    except StageFailed as error:  # of one bad file perhaps, night after night
+    except (StageFailed, Interrupted) as error:  # of one bad file perhaps, or of the time limit, night after night
         failure = error
     # Last: following the upstream branch may bring other code into the workspace.
     night.published = make_public(tonight, night.headline)
@@ -206,7 +206,7 @@ def bring_up_to_date(tonight: Tonight, force: bool, runs: list[StageRun]) -> Non
         runs.append(StageRun(name, state.name, state.message or "", time.monotonic() - started))
         state.result()  # raises what the task raised
         if name == stages.DATA_STAGE:
-            require_known_classes(tonight.workspace)
+            require_known_classes(tonight.workspace, tonight.rules, tonight.logs / "judge.log", logger.info)
     if first < len(names) and (changed := stages.stale_stages(root, names, tonight.patience_seconds, logger.info)):
         logger.warning("changed while the run went on, to be rebuilt next time: %s", ", ".join(sorted(changed)))
 

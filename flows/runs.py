@@ -28,6 +28,7 @@ class Run:
     Attributes:
         id: the flow run's, on the server.
         night: the name of a retraining's folders and page; "" for other flows.
+        alone: whether it holds the workspace while it works, so that whoever holds it knows that this run is over.
         mark: tells the process from a later one of the same number, see ``process_mark``.
         host: the machine's name; ``boot`` tells its restarts apart, ``space`` its containers.
         ended: when it ended in order, ISO 8601; None if it never did, or is still at work.
@@ -43,6 +44,7 @@ class Run:
     since: str
     ended: str | None = None
     night: str = ""
+    alone: bool = True
 
     def fate(self) -> Fate:
         """Tell what has become of the process, as far as that can be known from here."""
@@ -57,7 +59,7 @@ class Run:
 
 
 @contextmanager
-def recorded(workspace: Workspace, night: str = "") -> Iterator[None]:
+def recorded(workspace: Workspace, night: str = "", alone: bool = True) -> Iterator[None]:
     """Note which process the present flow run is, and in the end that it ended in order, however that was.
 
     Of a run that is killed before, nobody will know that it is dead: this is the first thing that it does.
@@ -65,7 +67,7 @@ def recorded(workspace: Workspace, night: str = "") -> Iterator[None]:
     import prefect.runtime
 
     run_id, name, pid = str(prefect.runtime.flow_run.id), prefect.runtime.flow_run.name, os.getpid()
-    run = Run(run_id, name or "", pid, process_mark(pid), *_here(), since=now(), night=night)
+    run = Run(run_id, name or "", pid, process_mark(pid), *_here(), since=now(), night=night, alone=alone)
     file = runs_folder(workspace) / f"{run_id}.json"
     write_json(file, asdict(run))
     try:

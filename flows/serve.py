@@ -19,7 +19,7 @@ from prefect.types.entrypoint import EntrypointType
 
 from flows.retrain import retrain
 from flows.settings import ServeParams
-from tasks.errors import NightlyError
+from tasks.errors import NightlyError, describe
 
 if TYPE_CHECKING:
     from prefect.client.schemas.objects import FlowRun
@@ -75,7 +75,11 @@ class NightlyRunner(Runner):
             await self._client.read_deployment(self.deployment_id)
         except ObjectNotFound:
             get_logger("serve").warning("the Prefect server has lost the schedule: registering it anew")
-            self.deployment_id = await self.aadd_flow(retrain, **_deployment(self._params))
+            try:
+                self.deployment_id = await self.aadd_flow(retrain, **_deployment(self._params))
+            except Exception as error:  # Prefect's own, of whatever kind, round whatever was wrong with the server
+                get_logger("serve").warning("that did not work, and is tried again: %s", describe(error))
+                return
         self._next_check = time.monotonic() + BETWEEN_CHECKS_SECONDS
 
     async def _cancel_run(self, flow_run: "FlowRun | UUID", state_msg: str | None = None) -> None:

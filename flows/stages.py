@@ -132,8 +132,9 @@ def reproduce(
 
 def track(root: Path, path: Path, patience_seconds: float = 0.0, emit: Emit = print) -> None:
     """Put a file or directory under DVC's care: its content in the cache, a ``.dvc`` file beside it for git."""
-    # Otherwise DVC deletes it, copies it back from the cache and writes the pointer last: a kill would lose it.
-    patiently(lambda: _dvc(root, "add", "--quiet", "--no-relink", str(path.relative_to(root))), patience_seconds, emit)
+    # Not --quiet, which leaves out its errors, too. --no-relink: else DVC deletes the file, copies it back from the
+    # cache and writes the pointer last, and a kill would lose it.
+    patiently(lambda: _dvc(root, "add", "--no-relink", str(path.relative_to(root))), patience_seconds, emit)
 
 
 def program() -> list[str]:

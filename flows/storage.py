@@ -68,8 +68,14 @@ def fetch(
         StageFailed: it is in neither, or the remote can't be reached.
     """
     pointer = f"{path.relative_to(root)}.dvc"
-    arguments = ("pull", "--quiet", pointer)
-    _run(root, *arguments, log=log, emit=emit, limit_seconds=limit_seconds, patience_seconds=patience_seconds)
+    limits = {"limit_seconds": limit_seconds, "patience_seconds": patience_seconds}
+    try:
+        _run(root, "pull", pointer, log=log, emit=emit, **limits)  # not --quiet, which leaves out the errors, too
+    except StageFailed as failure:
+        raise StageFailed(
+            f"{path.relative_to(root)} is neither in DVC's cache nor in a remote that answers ({failure}): bring it "
+            f"back, or remove {pointer} if it may be forgotten"
+        ) from None
 
 
 def copies(

@@ -30,8 +30,6 @@ from tasks.store import FILES, PARTS, PLAN, LocalStore, RemoteStore, Store, is_r
 FORMAT = 1
 #: Statuses of which another look may make something else, although the file is as it was.
 _TRANSIENT = {Status.UNREADABLE, Status.VANISHED}
-#: What of a plan's identity is asked, not answered.
-_QUESTION = ("source", "include", "exclude", "top-k")
 #: Results that nobody named.
 _BY_TIME = re.compile(r"\d{8}-\d{6}")
 _FILES_SCHEMA = pa.schema([("path", pa.binary()), ("size", pa.int64()), ("mtime_ns", pa.int64())])
@@ -156,29 +154,13 @@ def adopt(store: Store, out: str, identity: dict[str, Any], listing: Listing) ->
     for result in map(LocalStore, (here, *_beside(here, "[0-9]*-[0-9]*"))):
         if (found := serves(result)) and not missing_shards(result, found):
             return _copy(result, found, store)
-    for result in abandoned(here):
-        with contextlib.suppress(NightlyError), result.locked():
+    for result in map(LocalStore, _beside(here, ".[0-9]*-[0-9]*.unfinished")):
+        with contextlib.suppress(NightlyError), result.locked():  # nobody is at work on it
             if found := serves(result):
-                return _copy(result, found, store)
-    return None
-
-
-def abandoned(out: Path) -> list[LocalStore]:
-    """Return the unfinished results beside ``out``, newest first, if all of them are named by their time."""
-    own = out.with_name(f".{out.name}.unfinished")
-    return [LocalStore(folder) for folder in _beside(out, ".[0-9]*-[0-9]*.unfinished") if folder != own]
-
-
-def remove_superseded(out: str, identity: dict[str, Any]) -> None:
-    """Remove what killed runs left of a result like ``out``, which is complete, whatever its model and threshold."""
-
-    def same(plan: Plan | None) -> bool:
-        return plan is not None and all(plan.identity.get(name) == identity[name] for name in _QUESTION)
-
-    for result in abandoned(Path(out).absolute()):
-        if same(read_plan(result)):
-            with contextlib.suppress(NightlyError), result.locked():  # nobody is at work on it
+                adopted = _copy(result, found, store)
                 result.clear()
+                return adopted
+    return None
 
 
 def _beside(here: Path, pattern: str) -> list[Path]:

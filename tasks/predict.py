@@ -46,7 +46,6 @@ def finish(prediction: Prediction, out: str, files: Input, summary: PredictSumma
     prediction.store.write(SUMMARY, (json.dumps(facts, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode())
     if isinstance(prediction.store, LocalStore):
         prediction.store.publish(Path(out).absolute())
-        plan.remove_superseded(out, prediction.plan.identity)
 
 
 def predict(

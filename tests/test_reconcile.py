@@ -19,8 +19,17 @@ import yaml
 
 from flows import reconcile as reconciling
 from flows import runs, stages
-from flows.notify import events_of, nights
-from flows.reconcile import hopeless_predictions, is_lock_file, mended_dvc, mended_runs, reconcile, stale_notes, tidied
+from flows.notify import events_of, nights, record_night
+from flows.reconcile import (
+    hopeless_predictions,
+    is_lock_file,
+    left_predictions,
+    mended_dvc,
+    mended_runs,
+    reconcile,
+    stale_notes,
+    tidied,
+)
 from flows.runs import Run, process_mark, started_after
 from flows.workspace import Workspace
 from tasks.errors import NightlyError
@@ -133,6 +142,22 @@ def test_predictions_that_nobody_will_finish_are_named_and_left(workspace):
         "data/predictions/.4.unfinished was never finished and will not be: it has no plan to go on with",
     ]
     assert len(list(predictions.iterdir())) == 4
+
+
+def test_predictions_of_killed_nights_go_when_later_ones_made_them_anew(workspace):
+    write_json(workspace.models / "champion.json", {"id": "m2"})
+    for run in ("20260101-020000", "20260102-020000", "20260104-020000"):
+        record_night(workspace, run, "killed", runs.datetime.now().astimezone(), "killed")
+    for name in ("20260101-020000", "20260102-020000", "20260102-120000", "20260104-020000"):
+        (workspace.predictions / f".{name}.unfinished").mkdir(parents=True)
+    (workspace.predictions / "20260103-020000").mkdir()
+    said = list(left_predictions(workspace))
+    assert [line for line in said if line.startswith("removed")] == [
+        "removed data/predictions/.20260101-020000.unfinished, which a killed run left behind",
+        "removed data/predictions/.20260102-020000.unfinished, which a killed run left behind",
+    ]
+    left = {path.name for path in workspace.predictions.glob(".*")}
+    assert left == {".20260102-120000.unfinished", ".20260104-020000.unfinished"}  # a person's, and the latest
 
 
 # --- DVC
@@ -404,7 +429,10 @@ def test_a_run_of_another_machine_is_judged_by_the_lock_and_by_its_own_word(work
     found = {name: on_server(with_task=False) for name in noted}
     for name, run in found.items():
         note(workspace, run, host="other", **noted[name])
+    at_work = on_server(with_task=False)
+    note(workspace, at_work, host="other", since=before, alone=False)  # a prediction, which holds nothing
     assert len(list(mended_runs(workspace))) == 2
+    assert states(at_work)[0] == "Running"
     assert {name: states(run)[0] for name, run in found.items()} == {
         "killed": "Crashed",
         "just started": "Running",
