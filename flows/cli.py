@@ -29,6 +29,24 @@ app = typer.Typer(
 )
 
 
+def show_version(wanted: bool) -> None:
+    """Print the version and end, if that is ``wanted``."""
+    if wanted:
+        from importlib.metadata import version
+
+        print(f"nightly {version('resnet-nightly')}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """What comes before a command."""
+
+
 @app.command(epilog="Example: nightly configure digits")
 def configure(
     preset: Annotated[str | None, typer.Argument(metavar="PRESET", help="A file in presets/, without .yaml.")] = None,
@@ -109,7 +127,9 @@ def predict(
     engine: Annotated[str | None, typer.Option(help="auto, keras or openvino.")] = None,
     precision: Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or int8.")] = None,
     top_k: Annotated[int | None, typer.Option(help="Labels per image.")] = None,
-    all_probabilities: Annotated[bool | None, typer.Option("--all-probabilities", help="Of every class.")] = None,
+    all_probabilities: Annotated[
+        bool | None, typer.Option("--all-probabilities", help="Probabilities of every class, in place of --top-k.")
+    ] = None,
     threshold: Annotated[float | None, typer.Option(help="Smallest confidence that is accepted, 0..1.")] = None,
     include: Annotated[
         list[str] | None, typer.Option(help="Only files like this, such as '*.jpg'; repeatable.")
@@ -127,9 +147,9 @@ def predict(
     max_failed: Annotated[
         str | None, typer.Option(metavar="N|N%", help="Exit code 3 if more files fail, such as 20 or 2%.")
     ] = None,
-    fresh: Annotated[bool, typer.Option("--fresh", help="Forget an unfinished result.")] = False,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Forget an unfinished result, take over no rows.")] = False,
     on: Annotated[
-        str | None, typer.Option(metavar="threads|dask|ray", help="Classify by the Prefect flow, on many machines.")
+        str | None, typer.Option(metavar="threads|dask|ray", help="Classify by the Prefect flow, part by part.")
     ] = None,
     address: Annotated[str | None, typer.Option(help="With --on: a Dask scheduler's or Ray head's.")] = None,
     workers: Annotated[int | None, typer.Option(help="With --on: how many on this machine.")] = None,
@@ -249,7 +269,7 @@ def history(
         console.print("no decisions yet: 'nightly retrain' makes the first")
         return
     table = Table(box=None, header_style="bold", pad_edge=False)
-    for heading in ("time", "decision", "model", "accuracy", "champion's", "why"):
+    for heading in ("time", "decision", "model", "accuracy", "champion's accuracy", "why"):
         table.add_column(heading, no_wrap=heading != "why", justify="right" if heading in ("accuracy",) else "left")
     # The decision that put the champion in service, and not every line about the same model.
     current = next((entry for entry in reversed(entries) if entry.action != "hold" and entry.id == champion), None)

@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -104,6 +105,12 @@ def test_outside_of_a_workspace_every_command_says_so(nightly, arguments, tmp_pa
     if arguments[0] in ("predict", "explain"):
         arguments = [*arguments, "."]
     assert "is in no workspace: go to the folder that holds dvc.yaml" in failed(nightly(*arguments))
+
+
+def test_the_version_is_that_of_the_package(nightly, tmp_path, monkeypatch):
+    version = tomllib.loads(Path("pyproject.toml").read_text())["project"]["version"]
+    monkeypatch.chdir(tmp_path)
+    assert nightly("--version") == (0, f"nightly {version}\n", "")
 
 
 def test_a_full_disk_is_one_line(nightly, workspace, monkeypatch):
