@@ -23,22 +23,12 @@ from flows.summary import Night, StageRun, duration, moment
 from flows.workspace import Workspace
 from tasks import charts, pages
 from tasks.files import read_json, write_text
-from tasks.judge import LEVEL, chance_words, hollow_figures, images_words
+from tasks.judge import FIGURES, LEVEL, chance_words, hollow_figures, images_words
 
 #: Beyond this a list is cut, and the page says so.
 CLASSES, PARAMETERS, LABELS, NIGHTS, LOG_LINES = 20, 60, 20, 10, 20
 _LOG_BYTES = 16_384
 
-#: Key in metrics.json, label, whether it is a share, and whether more of it is better, if either is.
-_FIGURES = (
-    ("accuracy", "Accuracy", True, True),
-    ("top5_error", "Top-5 error", True, False),
-    ("macro_f1", "Macro F1", True, True),
-    ("log_loss", "Log loss", False, False),
-    ("calibration_error", "Calibration error", True, False),
-    ("accepted", "Accepted", True, None),
-    ("accepted_accuracy", "Right among the accepted", True, True),
-)
 _BADGES = {
     "promoted": "Promoted",
     "held": "Held",
@@ -179,7 +169,7 @@ class _Page:
             return []
         sides = [_telling(judged.challenger), _telling(self.met or {})]
         rows = []
-        for key, label, share, more_is_better in _FIGURES:
+        for key, label, share, more_is_better in FIGURES:
             new, old = (side.get(key) for side in sides)
             if new is None and old is None:
                 continue

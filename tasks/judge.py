@@ -27,6 +27,17 @@ CLASS_CHANCE = 0.05
 WORST_CLASSES = 5
 #: The engine whose difference from Keras in float32 is no matter of precision.
 EXACT = "openvino-float32"
+#: Key in metrics.json, name, whether it is a share, and whether more of it is better, if either is.
+FIGURES = (
+    ("accuracy", "Accuracy", True, True),
+    ("top1_error", "Top-1 error", True, False),
+    ("top5_error", "Top-5 error", True, False),
+    ("macro_f1", "Macro F1", True, True),
+    ("log_loss", "Log loss", False, False),
+    ("calibration_error", "Calibration error", True, False),
+    ("accepted", "Accepted", True, None),
+    ("accepted_accuracy", "Right among the accepted", True, True),
+)
 
 
 class JudgeParams(Section):

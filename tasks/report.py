@@ -11,22 +11,10 @@ import pandas as pd
 from markupsafe import Markup
 
 from tasks import charts, confusions
-from tasks.judge import LEVEL, hollow_figures
+from tasks.judge import FIGURES, LEVEL, hollow_figures
 from tasks.metrics import CalibrationBin
 from tasks.pages import allow_script, pixelated, render, rows_of, thumbnail, thumbnail_edge
 from tasks.rival import Rival
-
-#: Key in metrics.json, name, whether it is a share, and whether more of it is better, if either is.
-COMPARED = (
-    ("accuracy", "Accuracy", True, True),
-    ("top1_error", "Top-1 error", True, False),
-    ("top5_error", "Top-5 error", True, False),
-    ("macro_f1", "Macro F1", True, True),
-    ("log_loss", "Log loss", False, False),
-    ("calibration_error", "Calibration error", True, False),
-    ("accepted", "Accepted", True, None),
-    ("accepted_accuracy", "Right among the accepted", True, True),
-)
 
 
 @dataclass(frozen=True)
@@ -159,7 +147,7 @@ def render_report(data: ReportData) -> str:
 def _compared(new: Mapping[str, Any], old: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Return the figures that both models have, with the difference and whether it is for the better."""
     rows, hollow = [], hollow_figures(new) | hollow_figures(old)
-    for key, name, share, more_is_better in COMPARED:
+    for key, name, share, more_is_better in FIGURES:
         if key in new and key in old and key not in hollow:
             change = round(new[key] - old[key], 9)
             better = (change > 0) == more_is_better if change and more_is_better is not None else None
