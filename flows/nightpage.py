@@ -171,7 +171,7 @@ class _Page:
         rows = []
         for key, label, share, more_is_better in FIGURES:
             new, old = (side.get(key) for side in sides)
-            if new is None and old is None:
+            if (new is None and old is None) or key == "top1_error":  # which says what accuracy says
                 continue
             change = round(new - old, 9) if new is not None and old is not None else None
             rows.append(
