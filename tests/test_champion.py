@@ -1,6 +1,7 @@
 """What a night does with its verdict, over several nights."""
 
 import shutil
+from contextlib import nullcontext
 
 import pytest
 
@@ -9,6 +10,7 @@ from flows.settings import RetrainParams
 from flows.workspace import Workspace
 from tasks import promote as registry
 from tasks.bundle import load_bundle
+from tasks.errors import NightlyError
 from tasks.files import read_json, write_json
 from tests.miniature import export, metrics, write_predictions
 
@@ -184,3 +186,26 @@ def test_the_nights_page_shows_what_the_judge_found(workspace):
     assert "| recall lost | a -10.00 points (0 now right, 5 now wrong of 50; p = 0.031); b -10.00 points (" in found
     (workspace.evaluation / "predictions.parquet").unlink()
     assert "| image by image | not compared: the challenger's predictions are missing |" in page(decide(workspace))
+
+
+@pytest.mark.parametrize(
+    ("now", "params", "what"),
+    [
+        ("ab", "", None),
+        ("a", "", "b gone"),
+        ("a", "inbox: {classes: grow}", "b gone"),
+        ("abc", "", "c new"),
+        ("abc", "inbox: {classes: grow}", None),
+        ("ad", "inbox: {classes: grow}", "b gone; d new"),
+        ("ad", "prepare: {expected_classes: [a, d]}", None),
+        ("xy", "", None),  # another task altogether
+    ],
+)
+def test_other_classes_than_the_champions_are_refused_unless_they_are_meant(workspace, tmp_path, now, params, what):
+    exported, evaluation = export(tmp_path / "made", "m1")  # of classes a and b
+    registry.register(exported, evaluation, workspace.registry)
+    registry.promote(workspace.models, "m1", registry.Verdict("promote", ["first"]))
+    workspace.params.write_text(f"{params}\n")
+    write_json(workspace.prepared / "classes.json", list(now))
+    with nullcontext() if what is None else pytest.raises(NightlyError, match=f"model in service, m1: {what}. Bring"):
+        champion.require_known_classes(workspace, RetrainParams(), tmp_path / "log", print)
